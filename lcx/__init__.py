@@ -1,0 +1,44 @@
+"""lcx: how a language model is given a longer memory. The small package behind the book.
+
+Everything public is importable from here. Names load on first use, so `import lcx` does not pay for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_HOME = {
+    "LcxError": "errors",
+    "UnsupportedModelError": "errors",
+    "profile": "profiles",
+    "Profile": "profiles",
+    "PROFILES": "profiles",
+    "show": "figures",
+    "Predict": "figures",
+    "check": "exercises",
+    "quiz": "exercises",
+    "load": "models",
+    "text": "text",
+    "result": "results",
+}
+_MODULES = ("errors", "exercises", "figures", "methods", "models", "plan", "profiles", "results", "tasks", "text", "zoo")
+
+__all__ = [*_HOME, *_MODULES]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module 'lcx' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(set(globals()) | set(__all__))
