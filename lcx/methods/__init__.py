@@ -1,0 +1,1 @@
+"""The methods of the book, one file each. `rope` is the rotation they all meet."""

@@ -1,0 +1,1 @@
+"""The tasks a long-context model is measured on, one file each."""
