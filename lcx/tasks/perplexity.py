@@ -146,6 +146,57 @@ def bin_by_position(nll: torch.Tensor, width: int) -> list[Bin]:
     return bins
 
 
+def ratio_by_position(
+    plain: torch.Tensor,
+    control: torch.Tensor,
+    width: int,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Perplexity of `plain` over that of `control`, on the same tokens, by bins of `width` positions.
+
+    The two are compared text by text, so that how hard a text is cancels; the interval is a bootstrap over the texts.
+
+    Args:
+        plain, control: [texts, T-1] NLL in nats of the same tokens.
+        width: positions a bin; a last, shorter bin is kept.
+        level: of the percentile interval. resamples, seed: of the bootstrap.
+
+    Returns:
+        ratio, low, high: [bins] float64. With one text low and high equal the ratio: there is no interval to give.
+
+    Raises:
+        ValueError: if the two differ in shape or are not [texts, T-1].
+    """
+    if plain.shape != control.shape or plain.ndim != 2 or plain.numel() == 0 or width < 1:
+        raise ValueError(
+            f"need two curves [texts, T-1] and width >= 1, got {plain.shape}, {control.shape}, {width}"
+        )
+    difference = torch.stack([d.mean(1) for d in (plain.double() - control.double()).split(width, 1)], 1)
+    drawn = torch.randint(len(plain), (resamples, len(plain)), generator=torch.Generator().manual_seed(seed))
+    means = difference[drawn].mean(1)  # [resamples, bins]
+    tail = (1 - level) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=means.dtype), dim=0)
+    return difference.mean(0).exp(), low.exp(), high.exp()
+
+
+def crossing(ratio: torch.Tensor, width: int, factor: float = 2.0) -> float | None:
+    """Position at which the ratio of `ratio_by_position` first reaches `factor`, or None if it never does.
+
+    Each bin stands at its middle; between two middles the logarithm of the ratio is interpolated.
+    """
+    above = (ratio >= factor).nonzero().flatten()
+    if len(above) == 0:
+        return None
+    i = above[0].item()
+    if i == 0:
+        return width / 2
+    a, b, c = math.log(ratio[i - 1]), math.log(ratio[i]), math.log(factor)
+    return (i - 0.5 + (c - a) / (b - a)) * width
+
+
 def _one_row(input_ids: torch.Tensor) -> torch.Tensor:
     ids = torch.as_tensor(input_ids)
     ids = ids[None] if ids.ndim == 1 else ids

@@ -7,7 +7,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lcx.errors import UnsupportedModelError
-from lcx.tasks.perplexity import bin_by_position, nll_by_position, nll_sliding, perplexity
+from lcx.tasks.perplexity import (
+    bin_by_position,
+    crossing,
+    nll_by_position,
+    nll_sliding,
+    perplexity,
+    ratio_by_position,
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +120,33 @@ def test_bad_arguments(model, ids):
             bin_by_position(nll, width)
     with pytest.raises(UnsupportedModelError, match="AutoModelForCausalLM"):
         nll_by_position(model.model, ids)
+
+
+def test_ratio_cancels_the_text_and_brackets_the_truth():
+    g = torch.Generator().manual_seed(0)
+    hardness = torch.randn(12, 1, generator=g)  # texts differ far more than positions
+    control = 3 + hardness + 0.1 * torch.randn(12, 40, generator=g)
+    plain = (
+        control
+        + torch.where(torch.arange(40) < 20, 0.0, math.log(3))
+        + 0.1 * torch.randn(12, 40, generator=g)
+    )
+    ratio, low, high = ratio_by_position(plain, control, 10)
+    assert ratio.shape == (4,)
+    assert (low < ratio).all() and (ratio < high).all() and (high / low < 1.1).all()
+    assert ratio.tolist() == pytest.approx([1, 1, 3, 3], rel=0.05)
+    again = ratio_by_position(plain, control, 10)
+    assert all(torch.equal(a, b) for a, b in zip((ratio, low, high), again, strict=True))
+    one = ratio_by_position(plain[:1], control[:1], 10)
+    torch.testing.assert_close(one[1], one[2])
+    assert len(ratio_by_position(plain, control, 15)[0]) == 3
+    # Reached between the middles of the bins at 15 and 25, at log 2 / log 3 of the way.
+    assert crossing(torch.tensor([1.0, 1.0, 3.0]), 10) == pytest.approx(15 + 10 * math.log(2) / math.log(3))
+    assert crossing(torch.tensor([1.0, 1.9]), 10) is None and crossing(torch.tensor([2.0, 1.0]), 10) == 5
+
+
+def test_ratio_rejects_unpaired_curves():
+    with pytest.raises(ValueError, match="two curves"):
+        ratio_by_position(torch.zeros(2, 10), torch.zeros(2, 9), 5)
+    with pytest.raises(ValueError, match="two curves"):
+        ratio_by_position(torch.zeros(10), torch.zeros(10), 5)
