@@ -23,6 +23,11 @@ _HOME = {
     "load": "models",
     "text": "text",
     "result": "results",
+    "cream_positions": "methods.cream",
+    "pose_positions": "methods.cream",
+    "randpos_positions": "methods.cream",
+    "longrecipe_positions": "methods.cream",
+    "coverage": "methods.coverage",
 }
 _MODULES = ("errors", "exercises", "figures", "methods", "models", "plan", "profiles", "results", "tasks", "text", "zoo")
 
