@@ -28,6 +28,7 @@ _HOME = {
     "randpos_positions": "methods.cream",
     "longrecipe_positions": "methods.cream",
     "coverage": "methods.coverage",
+    "scale_rope": "methods.scaling",
 }
 _MODULES = ("errors", "exercises", "figures", "methods", "models", "plan", "profiles", "results", "tasks", "text", "zoo")
 
