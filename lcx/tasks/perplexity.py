@@ -146,40 +146,44 @@ def bin_by_position(nll: torch.Tensor, width: int) -> list[Bin]:
     return bins
 
 
-def ratio_by_position(
-    plain: torch.Tensor,
-    control: torch.Tensor,
-    width: int,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+def perplexity_by_position(
+    nll: torch.Tensor, width: int, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Perplexity of `plain` over that of `control`, on the same tokens, by bins of `width` positions.
-
-    The two are compared text by text, so that how hard a text is cancels; the interval is a bootstrap over the texts.
+    """Perplexity over several texts in bins of `width` positions, with a bootstrap interval over the texts.
 
     Args:
-        plain, control: [texts, T-1] NLL in nats of the same tokens.
+        nll: [texts, T-1] in nats.
         width: positions a bin; a last, shorter bin is kept.
         level: of the percentile interval. resamples, seed: of the bootstrap.
 
     Returns:
-        ratio, low, high: [bins] float64. With one text low and high equal the ratio: there is no interval to give.
+        perplexity, low, high: [bins] float64. With one text all three are equal: there is no interval to give.
 
     Raises:
-        ValueError: if the two differ in shape or are not [texts, T-1].
+        ValueError: for a curve that is not [texts, T-1], or width < 1.
     """
-    if plain.shape != control.shape or plain.ndim != 2 or plain.numel() == 0 or width < 1:
-        raise ValueError(
-            f"need two curves [texts, T-1] and width >= 1, got {plain.shape}, {control.shape}, {width}"
-        )
-    difference = torch.stack([d.mean(1) for d in (plain.double() - control.double()).split(width, 1)], 1)
-    drawn = torch.randint(len(plain), (resamples, len(plain)), generator=torch.Generator().manual_seed(seed))
-    means = difference[drawn].mean(1)  # [resamples, bins]
+    if nll.ndim != 2 or nll.numel() == 0 or width < 1:
+        raise ValueError(f"need curves [texts, T-1] and width >= 1, got {tuple(nll.shape)} and {width}")
+    bins = torch.stack([part.mean(1) for part in nll.double().split(width, 1)], 1)  # [texts, bins]
+    drawn = torch.randint(len(bins), (resamples, len(bins)), generator=torch.Generator().manual_seed(seed))
     tail = (1 - level) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=means.dtype), dim=0)
-    return difference.mean(0).exp(), low.exp(), high.exp()
+    low, high = torch.quantile(bins[drawn].mean(1), torch.tensor([tail, 1 - tail], dtype=bins.dtype), dim=0)
+    return bins.mean(0).exp(), low.exp(), high.exp()
+
+
+def ratio_by_position(
+    plain: torch.Tensor, control: torch.Tensor, width: int, **how
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Perplexity of `plain` over that of `control` on the same tokens; arguments as for `perplexity_by_position`.
+
+    The two are compared text by text, so how hard a text is cancels, in the ratio and in its interval.
+    Raises ValueError if the shapes differ.
+    """
+    if plain.shape != control.shape:
+        raise ValueError(
+            f"need two curves of the same tokens, got {tuple(plain.shape)} and {tuple(control.shape)}"
+        )
+    return perplexity_by_position(plain.double() - control.double(), width, **how)
 
 
 def crossing(ratio: torch.Tensor, width: int, factor: float = 2.0) -> float | None:

@@ -13,6 +13,7 @@ from lcx.tasks.perplexity import (
     nll_by_position,
     nll_sliding,
     perplexity,
+    perplexity_by_position,
     ratio_by_position,
 )
 
@@ -148,5 +149,13 @@ def test_ratio_cancels_the_text_and_brackets_the_truth():
 def test_ratio_rejects_unpaired_curves():
     with pytest.raises(ValueError, match="two curves"):
         ratio_by_position(torch.zeros(2, 10), torch.zeros(2, 9), 5)
-    with pytest.raises(ValueError, match="two curves"):
+    with pytest.raises(ValueError, match="need curves"):
         ratio_by_position(torch.zeros(10), torch.zeros(10), 5)
+
+
+def test_perplexity_by_position_is_the_exponential_of_the_mean():
+    nll = torch.tensor([[1.0, 3.0, 5.0], [2.0, 2.0, 2.0]])
+    value, low, high = perplexity_by_position(nll, 2)
+    assert value.tolist() == pytest.approx([math.exp(2), math.exp(3.5)])
+    assert low.tolist() == pytest.approx([math.exp(2), math.exp(2)])  # only the second text drawn
+    assert high.tolist() == pytest.approx([math.exp(2), math.exp(5)])
