@@ -123,7 +123,7 @@ def _run(nb: Any, source: Path, profile: str, folder: Path) -> tuple[Any, int | 
     tmp = folder / f".{source.stem}.{os.getpid()}.ipynb"
     try:
         papermill.execute_notebook(
-            source, tmp, parameters={"PROFILE": profile}, kernel_name="python3", cwd=source.parent,
+            source, tmp, parameters={"PROFILE": profile}, kernel_name="python3", language="python", cwd=source.parent,
             progress_bar=False, execution_timeout=CELL_SECONDS.get(profile, 1200), kernel_manager_class=manager,
         )  # fmt: skip
         done = nbformat.read(tmp, as_version=4)
