@@ -1,0 +1,100 @@
+"""The matrix of the contract tests: every method over small random models of every supported family.
+
+A method joins the matrix by one entry in METHODS. A test that takes the fixtures `method` and `model` then runs for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+# family: (its configuration class, options, ties the head to the embedding, seed)
+FAMILIES = {
+    "llama": (LlamaConfig, {}, False, 0),
+    "mistral": (MistralConfig, {"sliding_window": None}, True, 1),
+    "qwen2": (Qwen2Config, {}, True, 2),  # biases on q, k, v
+    "qwen3": (Qwen3Config, {}, False, 3),  # RMSNorm on each head of q and k
+}
+VOCAB, LENGTH = 97, 24
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the matrix. attach(model) is a context manager inside which the model works by the method."""
+
+    name: str
+    attach: Callable[[PreTrainedModel], AbstractContextManager]
+
+
+METHODS = {m.name: m for m in [Method("vanilla", lambda model: nullcontext())]}
+
+
+def tiny_config(family: str, **changes) -> PretrainedConfig:
+    """Two layers, four query heads on two key-value heads (GQA), and a head size of 100, no power of two."""
+    make, options, tie, _ = FAMILIES[family]
+    size = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 100, "rope_theta": 1000.0}
+    rest = {
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tie,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+    }
+    return make(**{**size, **heads, **rest, "eos_token_id": None, **options, **changes})
+
+
+def tiny_model(family: str, **changes) -> PreTrainedModel:
+    """A random model in eval mode. Every parameter is drawn anew and large: at the usual 0.02 the attention would
+    hardly move a logit, biases would be zero and norms one, so that a wrong attention went unseen."""
+    with torch.random.fork_rng():
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
+    g = torch.Generator().manual_seed(FAMILIES[family][3])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=g)
+            p.copy_(1 + 0.3 * noise if "norm" in name else 0.2 * noise)
+    return model
+
+
+def tokens(rows: int = 1, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
+    """int64 [rows, length] without the padding token 0."""
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs
+) -> torch.Tensor:
+    """Logits [B, T, V]; with a padding mask, positions count from each row's first real token, as in generate."""
+    if mask is not None:
+        kwargs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0), **kwargs}
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+@pytest.fixture(params=METHODS)
+def method(request) -> Method:
+    return METHODS[request.param]
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def model(family) -> PreTrainedModel:
+    """Shared by all tests: attach and read, but change nothing."""
+    return tiny_model(family)
