@@ -1,0 +1,39 @@
+"""One file per zoo model: what it is, what it learns from, and how it is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make one zoo model. Everything that decides its weights stands here, and goes into its card.
+
+    config: LlamaConfig fields. training: TrainingArguments fields beyond steps, batch_size and seed.
+    tokenizer(): a fresh transformers tokenizer. data(tokenizer, seed, examples): (train, heldout) datasets of
+    {"input_ids", "labels"}. score(model, tokenizer): the held-out figures, "loss" in nats per scored token first
+    among them. stop_accuracy: stop once the held-out accuracy reaches this, looking every eval_steps steps.
+    """
+
+    name: str
+    about: str
+    data_about: str
+    config: dict[str, Any]
+    steps: int
+    batch_size: int
+    training: dict[str, Any]
+    tokenizer: Callable[[], Any]
+    data: Callable[[Any, int, int], tuple[Any, Any]]
+    score: Callable[[Any, Any], dict[str, Any]]
+    stop_accuracy: float | None = None
+    eval_steps: int = 50
+    save_steps: int = 100
+
+
+def recipes() -> dict[str, Recipe]:
+    """All recipes by name, in the order in which the book needs them."""
+    from . import lm_256, needle_64
+
+    return {r.name: r for r in (lm_256.RECIPE, needle_64.RECIPE)}
