@@ -25,7 +25,7 @@ from .profiles import PROFILES
 ROOT = Path(__file__).resolve().parents[1]
 CELL_SECONDS = {"smoke": 300, "book": 1200, "colab": 3600, "full": None}  # a cell that runs longer hangs
 _VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "plotly")
-_NOT_HASHED = ("book_ext.py", "cli.py")  # they change pages and commands, not what a notebook computes
+_NOT_HASHED = ("book_ext.py", "cli.py", "doctor.py")  # they change pages and commands, not what a notebook computes
 
 
 def notebooks() -> list[Path]:

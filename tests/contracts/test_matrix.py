@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
-from conftest import LENGTH, VOCAB, logits, tiny_model, tokens
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache
+
+from .conftest import LENGTH, VOCAB, logits, tiny_model, tokens
 
 TOLERANCE = {
     "atol": 2e-4,

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import LENGTH, logits, tiny_model, tokens
-from reference import reference_logits
 from torch.testing import assert_close
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
+from .conftest import LENGTH, logits, tiny_model, tokens
+from .reference import reference_logits
 
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
 

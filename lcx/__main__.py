@@ -1,0 +1,5 @@
+"""`python -m lcx` is the command `lcx`."""
+
+from .cli import main
+
+main()
