@@ -18,7 +18,6 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ..errors import LcxError
 
