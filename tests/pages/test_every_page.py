@@ -20,7 +20,7 @@ MAX_BYTES = 1_500_000
 def visits(site, browser):
     """Every page seen in light and dark, 1400 and 400 pixels wide; what was noted, by page."""
     notes = {}
-    for path in site.pages:
+    for path in (p for p in site.pages if p != "index.html"):  # which only sends the reader on
         note = notes[path] = {
             "foreign": [],
             "errors": [],
@@ -57,6 +57,12 @@ def test_every_page_of_the_contents_is_built(site):
     toc = load_script("build").yaml.safe_load((ROOT / "book/_toc.yml").read_text())
     wanted = [toc["root"], *(c["file"] for part in toc["parts"] for c in part["chapters"])]
     assert {f"{w}.html" for w in wanted} <= set(site.pages)
+
+
+def test_front_door_leads_to_the_book(site, browser):
+    with opened(browser, site, "index.html") as page:
+        page.wait_for_url(site.url + "book/index.html")
+        assert not page.noted["foreign"]
 
 
 def test_no_request_leaves_the_machine(visits):
