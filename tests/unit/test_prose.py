@@ -15,6 +15,8 @@ from lcx.profiles import PROFILES
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 PROSE = sorted(BOOK.glob("*.md"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+DOI = re.compile(r"https://doi\.org/[^\s)\"]+")
 ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf|html)/(\d{4}\.\d{4,5}|[a-z-]+/\d{7})", re.I)
 
 
@@ -85,12 +87,12 @@ def test_bibliography_has_every_paper_once(entries):
 
 
 def test_every_linked_paper_is_in_the_bibliography(entries):
-    known = {e.fields.get("eprint") for e in entries.values()}
+    known = {e.fields[f].lower() for e in entries.values() for f in ("eprint", "url") if f in e.fields}
     missing = {
-        f"{page.name} links to arXiv {number}"
-        for page in [*PROSE, *sorted((ROOT / "notebooks").glob("*.ipynb")), ROOT / "README.md"]
-        for number in ARXIV.findall(words(page))
-        if number not in known
+        f"{page.name} links to {paper}"
+        for page in [*PROSE, *NOTEBOOKS, ROOT / "README.md"]
+        for paper in [*ARXIV.findall(words(page)), *DOI.findall(words(page))]
+        if paper.lower() not in known
     }
     assert not missing, f"add to book/references.bib: {sorted(missing)}"
 
@@ -106,6 +108,16 @@ def test_glossary_terms_are_sorted_and_have_two_sentences():
     assert names == sorted(names, key=lambda name: re.sub(r"[\W_]", "", name))
     for term, text in terms:
         assert len(re.split(r"(?<=[.!?]) (?=\S)", text)) == 2 and text.endswith("."), term
+
+
+# ---- the front page
+
+
+def test_front_page_names_every_chapter_by_its_title():
+    page = (BOOK / "index.md").read_text("utf-8")
+    for number, notebook in enumerate(NOTEBOOKS, 1):
+        title = re.search(r"^# (.+)$", words(notebook), re.M)[1]
+        assert f"[{number} {title}](../notebooks/{notebook.name})" in page
 
 
 # ---- set-up: nothing is promised that is not there
