@@ -21,7 +21,7 @@ _HOME = {
     "check": "exercises",
     "quiz": "exercises",
     "load": "models",
-    "text": "text",
+    "text": "corpora",
     "result": "results",
     "cream_positions": "methods.cream",
     "pose_positions": "methods.cream",
@@ -30,7 +30,7 @@ _HOME = {
     "coverage": "methods.coverage",
     "scale_rope": "methods.scaling",
 }
-_MODULES = ("errors", "exercises", "figures", "methods", "models", "plan", "profiles", "results", "tasks", "text", "zoo")
+_MODULES = ("corpora", "errors", "exercises", "figures", "methods", "models", "plan", "profiles", "results", "tasks", "zoo")
 
 __all__ = [*_HOME, *_MODULES]
 

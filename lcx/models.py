@@ -47,9 +47,9 @@ def load(name: str | Path, device: str | None = None, dtype=None):
         zoo.check_files(zoo.folder(name))
         return _open(zoo.folder(name), f"zoo checkpoint {name}", device, dtype)
     path = Path(name).expanduser()
-    if (path / "config.json").is_file():
+    if name and (path / "config.json").is_file():
         return _open(path, f"folder {path.name}", device, dtype)
-    if path.is_dir():
+    if name and path.is_dir():
         raise ModelNotFoundError(f"the folder {name} holds no config.json: give the folder of a checkpoint")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _open(*_from_hub(name), device, dtype)

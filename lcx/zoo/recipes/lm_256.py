@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from ...text import text
+from ...corpora import text
 from . import Recipe
 
 WINDOW = 256
