@@ -32,7 +32,7 @@ class Profile:
         return {"smoke": smoke, "book": book, "colab": colab, "full": full}[self.name]
 
     def __str__(self) -> str:
-        return f"profile {self.name} on {self.device}, {str(self.dtype).removeprefix('torch.')}: {PROFILES[self.name][0]} ({PROFILES[self.name][1]})"
+        return f"profile {self.name} on {self.device}, {str(self.dtype).removeprefix('torch.')}\n{PROFILES[self.name][0]} ({PROFILES[self.name][1]})"
 
 
 def default_dtype(device: str):

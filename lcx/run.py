@@ -25,12 +25,17 @@ from .profiles import PROFILES
 ROOT = Path(__file__).resolve().parents[1]
 CELL_SECONDS = {"smoke": 300, "book": 1200, "colab": 3600, "full": None}  # a cell that runs longer hangs
 _VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "plotly")
-_NOT_HASHED = ("book_ext.py", "cli.py", "doctor.py")  # they change pages and commands, not what a notebook computes
+_NOT_HASHED = (
+    "book_ext.py",
+    "cli.py",
+    "doctor.py",
+)  # they change pages and commands, not what a notebook computes
 
 
 def notebooks() -> list[Path]:
     """The notebooks of the book in reading order; an empty list where the package is installed without a clone."""
-    return sorted(p for p in (ROOT / "notebooks").glob("*.ipynb") if not p.name.startswith("."))
+    found = (p for p in (ROOT / "notebooks").glob("*.ipynb") if not p.name.startswith("."))
+    return sorted(found, key=lambda p: p.stem)
 
 
 def find(notebook: str | Path) -> Path:

@@ -16,10 +16,14 @@ def explore(fig: go.Figure) -> None:
     boxes = []
     for c in fig.layout.meta["controls"]:
         make = w.SelectionSlider if c["kind"] == "slider" else w.Dropdown
+        options = [(label, i) for i, label in enumerate(c["values"])]
         boxes.append(
-            make(options=[(v, i) for i, v in enumerate(c["values"])], value=c["start"], description=c["name"], continuous_update=False)
-            if make is w.SelectionSlider
-            else make(options=[(v, i) for i, v in enumerate(c["values"])], value=c["start"], description=c["name"])
+            make(
+                options=options,
+                value=c["start"],
+                description=c["name"],
+                style={"description_width": "initial"},
+            )
         )
     out = w.Output()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,7 +35,9 @@ class Predict:
 
     def __post_init__(self):
         if not self.low < self.high or (self.log and self.low <= 0):
-            raise ValueError(f"Predict needs low < high (and low > 0 with log=True), got {self.low} and {self.high}")
+            raise ValueError(
+                f"Predict needs low < high (and low > 0 with log=True), got {self.low} and {self.high}"
+            )
         if self.axis not in ("x", "y"):
             raise ValueError(f"Predict: axis must be 'x' or 'y', got {self.axis!r}")
 
@@ -52,7 +56,9 @@ def show(fig: go.Figure, alt: str, *, predict: Predict | None = None) -> None:
     of more than 300 KB as JSON.
     """
     if len(alt.strip()) < 20:
-        raise ValueError("show(fig, alt=...): say in a sentence what the figure shows, for readers who cannot see it")
+        raise ValueError(
+            "show(fig, alt=...): say in a sentence what the figure shows, for readers who cannot see it"
+        )
     fig = go.Figure(fig)
     meta: dict[str, Any] = {**(fig.layout.meta or {}), "alt": " ".join(alt.split())}
     if predict is not None:
@@ -64,7 +70,9 @@ def show(fig: go.Figure, alt: str, *, predict: Predict | None = None) -> None:
     if "$" in json_text:
         raise ValueError("a figure's text may not hold a dollar sign: the page would typeset it as a formula")
     if len(json_text) > MAX_BYTES:
-        raise ValueError(f"this figure weighs {len(json_text):,} bytes, the limit is {MAX_BYTES:,}: round or thin its data")
+        raise ValueError(
+            f"this figure weighs {len(json_text):,} bytes, the limit is {MAX_BYTES:,}: round or thin its data"
+        )
     if len(meta.get("controls", ())) > 1 and not static():
         from ..widgets import explore
 
@@ -73,20 +81,33 @@ def show(fig: go.Figure, alt: str, *, predict: Predict | None = None) -> None:
 
 
 def _draw_guess(fig: go.Figure, p: Predict) -> None:
-    line = {"line_dash": "dash", "line_color": "#D55E00", "annotation_text": f"your guess: {p.guess:,g} {p.unit}"}
-    fig.add_vline(x=p.guess, **line) if p.axis == "x" else fig.add_hline(y=p.guess, **line)
+    """The guess as a line with its label; a shape, since annotations count in powers on a logarithmic axis."""
+    late = p.guess > (math.sqrt(p.low * p.high) if p.log else (p.low + p.high) / 2)
+    text = f"your guess: {p.guess:,g} {p.unit}".rstrip()
+    label = {"text": text, "textangle": 0, "textposition": "end", "font": {"color": "#D55E00"}}
+    line = {"color": "#D55E00", "dash": "dash", "width": 2}
+    if p.axis == "x":
+        ends = {"x0": p.guess, "x1": p.guess, "yref": "paper", "y0": 0, "y1": 1}
+        label |= {"xanchor": "right" if late else "left", "yanchor": "top"}
+    else:
+        ends = {"y0": p.guess, "y1": p.guess, "xref": "paper", "x0": 0, "x1": 1}
+        label |= {"xanchor": "right", "yanchor": "top" if late else "bottom"}
+    fig.add_shape(type="line", name="guess", line=line, label=label, **ends)
 
 
 def _publish(fig: go.Figure, alt: str) -> None:
     from IPython.display import display
 
-    if "COLAB_RELEASE_TAG" in os.environ and not static():  # Colab shows no Plotly mimetype; its own renderer does
+    if (
+        "COLAB_RELEASE_TAG" in os.environ and not static()
+    ):  # Colab shows no Plotly mimetype; its own renderer does
         fig.show(renderer="colab", config={"showSendToCloud": False, "displaylogo": False})
         return
     spec = fig.to_plotly_json()
     spec["config"] = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
-    import json
-
     from plotly.utils import PlotlyJSONEncoder
 
-    display({MIME: json.loads(json.dumps(spec, cls=PlotlyJSONEncoder)), "text/plain": f"[figure: {alt}]"}, raw=True)
+    display(
+        {MIME: json.loads(json.dumps(spec, cls=PlotlyJSONEncoder)), "text/plain": f"[figure: {alt}]"},
+        raw=True,
+    )

@@ -23,8 +23,6 @@ DRAW_ALL = """async () => {
   scrollTo(0, 0);
   return [...document.querySelectorAll(".lcx-figure")].filter((f) => !f.dataset.ready).length;
 }"""
-WEIGHT = """() => performance.getEntries().filter((e) => e.decodedBodySize && !e.name.includes("plotly.min.js"))
-  .reduce((sum, e) => sum + e.decodedBodySize, 0)"""
 # The data on show, typed arrays made plain.
 STATE = """(figure) => {
   const plain = (v) => ArrayBuffer.isView(v) ? Array.from(v) : Array.isArray(v) ? v.map(plain) : v;
@@ -41,7 +39,7 @@ def opened(browser, site, path: str, *, theme: str = "light", width: int = 1400,
     """A page of the book in a fresh browser context. `page.noted` collects what should not happen."""
     ctx = browser.new_context(color_scheme=theme, viewport={"width": width, "height": 900}, **context)
     page = ctx.new_page()
-    page.noted = {"foreign": [], "errors": [], "missing": []}
+    page.noted = {"foreign": [], "errors": [], "missing": [], "loaded": []}
     page.on(
         "request",
         lambda r: (
@@ -50,7 +48,7 @@ def opened(browser, site, path: str, *, theme: str = "light", width: int = 1400,
     )
     page.on("pageerror", lambda e: page.noted["errors"].append(str(e)))
     page.on("console", lambda m: page.noted["errors"].append(m.text) if m.type == "error" else None)
-    page.on("response", lambda r: page.noted["missing"].append(r.url) if r.status >= 400 else None)
+    page.on("response", lambda r: page.noted["missing" if r.status >= 400 else "loaded"].append(r.url))
     try:
         page.goto(site.url + path, wait_until="load")
         yield page
