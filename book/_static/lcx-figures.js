@@ -228,7 +228,7 @@
       const p = this.meta.predict;
       const pick = p.log ? Math.log : (v) => v;
       const late = pick(this.guess) - pick(p.low) > (pick(p.high) - pick(p.low)) / 2;
-      const label = { text: `your guess: ${withUnit(this.guess, p.unit)}`, textangle: 0, textposition: "end", font: { color: "#D55E00" } };
+      const label = { text: `your guess: ${withUnit(this.guess, p.unit)}`, textangle: 0, textposition: "end" };
       const line = { color: "#D55E00", dash: "dash", width: 2 };
       return p.axis === "x"
         ? { type: "line", name: "guess", x0: this.guess, x1: this.guess, xref: "x", y0: 0, y1: 1, yref: "paper", line, label: { ...label, xanchor: late ? "right" : "left", yanchor: "top" } }

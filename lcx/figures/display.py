@@ -84,7 +84,7 @@ def _draw_guess(fig: go.Figure, p: Predict) -> None:
     """The guess as a line with its label; a shape, since annotations count in powers on a logarithmic axis."""
     late = p.guess > (math.sqrt(p.low * p.high) if p.log else (p.low + p.high) / 2)
     text = f"your guess: {p.guess:,g} {p.unit}".rstrip()
-    label = {"text": text, "textangle": 0, "textposition": "end", "font": {"color": "#D55E00"}}
+    label = {"text": text, "textangle": 0, "textposition": "end"}
     line = {"color": "#D55E00", "dash": "dash", "width": 2}
     if p.axis == "x":
         ends = {"x0": p.guess, "x1": p.guess, "yref": "paper", "y0": 0, "y1": 1}
