@@ -120,10 +120,12 @@ def phasors(
 
     fig.update_xaxes(visible=False, range=[-radius[-1] - 0.6, radius[-1] + 0.6])
     fig.update_yaxes(visible=False, scaleanchor="x", range=[-radius[-1] - 0.6, radius[-1] + 0.6])
-    return controls(fig, {"distance": list(distances)}, lambda distance: update(distance), play=True)
+    return controls(fig, {"distance": list(distances)}, update, play=True)
 
 
-def seen_map(frequencies: torch.Tensor, window: int, lengths: Sequence[int], columns: int = 96) -> go.Figure:
+def seen_map(
+    frequencies: torch.Tensor, window: int, lengths: Sequence[int], *, start: int, columns: int = 96
+) -> go.Figure:
     """Heat map of pair × distance: how far each angle lies outside of the arc seen in training; slider for the length."""
     waves = [f"{w:,.0f}" for w in wavelengths(frequencies).tolist()]
     fig = figure(
@@ -167,9 +169,7 @@ def seen_map(frequencies: torch.Tensor, window: int, lengths: Sequence[int], col
         ticktext=[f"{j} ({waves[j]})" for j in range(0, len(waves), step)],
         showgrid=False,
     )
-    return controls(
-        fig, {"length": list(lengths)}, lambda length: update(length), start={"length": lengths[-1]}
-    )
+    return controls(fig, {"length": list(lengths)}, update, start={"length": start})
 
 
 def edge(

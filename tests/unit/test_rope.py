@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from lcx.figures.rope import COLORS, edge, phasors, seen_map, unrolled
 from lcx.methods.rope import rope, rope_cos_sin, rope_frequencies, rotate, unseen_angle, wavelengths
 
 
@@ -159,3 +160,46 @@ def test_unseen_angle_against_a_search_over_all_seen_angles():
 def test_bad_input(call):
     with pytest.raises(ValueError):
         call()
+
+
+def test_phasors_stand_at_their_angles_and_turn_orange_past_the_seen_arc():
+    f, pairs = rope_frequencies(32), [3, 9, 13]
+    fig = phasors(f, 256, pairs, [0, 100, 255, 511])
+    assert [frame.name for frame in fig.frames] == ["0", "1", "2", "3"] and fig.layout.meta["play"]
+    for distance, frame in zip((0, 100, 255, 511), fig.frames, strict=True):
+        hands = frame.data[0]
+        for r, (j, x, y) in enumerate(zip(pairs, hands.x, hands.y, strict=True), 2):
+            assert x == pytest.approx(r * math.cos(distance * f[j].item()), abs=1e-3)
+            assert y == pytest.approx(r * math.sin(distance * f[j].item()), abs=1e-3)
+    seen, unseen = COLORS[:2]
+    assert [list(frame.data[0].marker.color) for frame in fig.frames[2:]] == [
+        [seen] * 3,
+        [seen, unseen, unseen],
+    ]
+    assert "2 of 3 hands" in fig.frames[3].layout.title.text
+
+
+def test_map_shows_the_unseen_angle_in_degrees():
+    f = rope_frequencies(32)
+    fig = seen_map(f, 256, [256, 1024], start=1024)
+    assert all(v == 0 for row in fig.frames[0].data[0].z for v in row)
+    z, x = fig.frames[1].data[0].z, fig.frames[1].data[0].x
+    assert len(z) == 16 and x[0] == 0 and x[-1] == 1023
+    assert z[9][-1] == round(math.degrees(unseen_angle(torch.tensor([1023]), f, 256)[9, 0].item()))
+    assert max(z[9]) > 100 and max(z[6]) == 0
+    assert fig.data[0].z == z  # starts at 1,024
+
+
+def test_curves_are_drawn_where_they_belong():
+    fig = unrolled(rope_frequencies(64, 100_000.0), 8192, 16384, [18, 31])
+    drawn = {(t.name, row): sum(y is not None for y in t.y) for row, t in enumerate(fig.data)}
+    assert drawn["past it, an angle never met", 4] == 0 and drawn["past it, an angle never met", 5] > 200
+    assert drawn["past it, an angle met before", 2] > 200 and drawn["past it, an angle met before", 3] == 0
+    fig = edge(64, 256, {"a": ([10.0, 20.0], [9.0, 18.0], [11.0, 22.0])})
+    band, line = fig.data
+    assert (
+        list(line.x) == [32, 96]
+        and list(line.y) == [10, 20]
+        and [list(c) for c in line.customdata] == [[9, 11], [18, 22]]
+    )
+    assert list(band.y) == [11, 22, 18, 9] and fig.layout.yaxis.type == "log"
