@@ -57,7 +57,7 @@ def convert(gguf_file: str | Path, out: str | Path) -> None:
     from gguf import GGUFReader, dequantize
     from safetensors.torch import save_file
     from tqdm import tqdm
-    from transformers import AutoTokenizer, LlamaConfig
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     gguf_file, out = Path(gguf_file), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -97,4 +97,10 @@ def convert(gguf_file: str | Path, out: str | Path) -> None:
     )
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(out)
-    AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(out)
+    # AutoTokenizer of transformers 5.0 takes this one for CodeLlama's, and puts a token before every text.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    for kind, field in ids.items():
+        if field:
+            token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+            setattr(tokenizer, f"{kind.removesuffix('ding')}_token", token)
+    tokenizer.save_pretrained(out)
