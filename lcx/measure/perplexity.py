@@ -9,7 +9,7 @@ from typing import Any
 from . import kept, measurement
 
 CONTROL = 4_096  # tokens a fresh window holds: half the window SmolLM2 was trained with, so well inside it
-WIDTH = 1_024  # positions a bin
+WIDTH = 512  # positions a bin
 
 
 @measurement("smollm2-ppl-by-position", model="smollm2-135m")
@@ -41,7 +41,8 @@ def by_position(model, tokenizer, *, length: int = 16_384, texts: int = 4) -> di
         "length": length,
         "window": model.config.max_position_embeddings,
         "rope_theta": model.config.rope_parameters["rope_theta"],
-        "fresh_window": CONTROL,
+        "head_dim": model.config.hidden_size // model.config.num_attention_heads,
+        "control": {"window": CONTROL, "stride": CONTROL // 2},
         "width": WIDTH,
         "counts": rows[0]["counts"],
         **{key: [row[key] for row in rows] for key in ("plain", "fresh", "plain_std", "fresh_std")},
