@@ -90,7 +90,7 @@ def phasors(
                 y=np.round(r * np.sin(arc), 2).tolist(),
                 mode="lines",
                 line={"color": colour, "width": width},
-                opacity=1 if width == 1 else 0.45,
+                opacity=1 if width == 1 else 0.6,
                 hoverinfo="skip",
             )
     fig.add_scatter(x=[], y=[], mode="markers", marker={"size": 14})
