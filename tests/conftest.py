@@ -151,7 +151,7 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(
         f"notebooks: {len(notebooks())} ({sum(r['seconds'] for r in reports):.0f} s in the smoke profile)"
     )
-    for folder in ("unit", "contracts", "notebooks", "pages"):
+    for folder in ("unit", "contracts", "colab", "notebooks", "pages"):
         terminalreporter.write_line(f"tests in {folder}: {ran(f'tests/{folder}/')}")
     for name, value in COUNTS.items():
         terminalreporter.write_line(f"{name}: {value}")
