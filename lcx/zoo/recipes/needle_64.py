@@ -88,8 +88,12 @@ RECIPE = Recipe(
     batch_size=32,
     training={
         "learning_rate": 3e-3,
-        "lr_scheduler_type": "constant",
+        # With a constant rate, no warm-up and the usual adam_beta2 of 0.999, 3,000 steps ended near 0.9 accuracy.
+        # With these three settings 650 steps pass 0.985.
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 100,
         "weight_decay": 0.0,
+        "adam_beta2": 0.98,
         "max_grad_norm": 1.0,
     },
     tokenizer=tokenizer,
