@@ -145,10 +145,13 @@ def logits_bytes(shape: ModelShape, positions: int = 1, dtype: Any = "bfloat16")
 
 
 def flops_prefill(shape: ModelShape, length: int, *, causal: bool = True, logits: int = 1) -> Flops:
-    """One forward over `length` tokens with an empty cache and logits of `logits` positions.
+    """One forward over T = `length` tokens, cache empty, with the logits of `logits` positions.
 
-    projections 2 * T * layers * projection_params; mlp 2 * T * layers * mlp_params; logits 2 * logits * hidden * vocab;
-    attention 4 * pairs * heads * head_dim * layers, with pairs = T * (T + 1) / 2 (causal) or T^2 (the full square).
+    projections  2 * T * layers * projection_params
+    attention    4 * pairs * heads * head_dim * layers
+                 pairs = T * (T + 1) / 2 (causal) or T^2 (the full square)
+    mlp          2 * T * layers * mlp_params
+    logits       2 * logits * hidden * vocab
     """
     pairs = length * (length + 1) // 2 if causal else length * length
     return Flops(

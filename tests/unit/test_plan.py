@@ -191,3 +191,29 @@ def test_bad_input_says_what_to_do():
 
     with pytest.raises(UnsupportedModelError, match="supported are llama"):
         ModelShape.from_config(GPT2Config())
+
+
+def test_every_setting_of_the_memory_figure_shows_what_the_plan_says():
+    from lcx.figures import cost
+
+    shapes = [plan.SHAPES[n] for n in ("SmolLM2-135M", "LLaMA-7B")]
+    fig = cost.memory_bars(
+        shapes, [1024, 32768], start={"model": "LLaMA-7B", "length": 32768, "dtype": "bfloat16"}
+    )
+    assert len(fig.frames) == 2 * 2 * 3 * 3
+    frame = next(f for f in fig.frames if f.name == "0.1.1.0")  # SmolLM2-135M, 32,768 tokens, MHA, float32
+    mha = shapes[0].with_kv_heads(9)
+    parts = [plan.weight_bytes(mha, "float32"), plan.kv_bytes(mha, 32768, "float32")]
+    assert frame.data[0].x[:2] == pytest.approx([p / plan.GIB for p in parts], rel=1e-3)
+    assert fig.data[0].x[1] == 16.0 and fig.data[1].text[1] == "16.0 GiB"  # LLaMA-7B at the start
+    assert "524,288 bytes a token" in fig.layout.title.text and "fits: A100-40, H200" in fig.layout.title.text
+
+
+def test_the_map_of_contexts_writes_no_where_the_weights_do_not_fit():
+    from lcx.figures import cost
+
+    fig = cost.max_context_map([plan.SHAPES["Llama-3.1-8B"]], ["T4", "H200"])
+    assert [a.text for a in fig.layout.annotations] == [
+        "no",
+        cost.tokens(plan.max_context(plan.SHAPES["Llama-3.1-8B"], "H200")),
+    ]
