@@ -68,17 +68,13 @@ def test_bounds_accept_what_colab_has():
     )
 
 
-def test_set_up_cells_are_generated_and_identical():
-    done = subprocess.run(
-        [sys.executable, ROOT / "book" / "sync.py", "--check"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    for path in notebooks():
-        cells = json.loads(path.read_text())["cells"]
-        first = next(c for c in cells if c["cell_type"] == "code")
-        assert "setup" in first["metadata"]["tags"], f"{path.name}: the set-up cell comes first"
-        code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code" and c is not first)
-        assert not re.search(r"\.\./|/content|pip install", code), f"{path.name} would not run alone on Colab"
+@pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
+def test_a_notebook_needs_nothing_beside_it(path):
+    """Colab opens one file in an empty folder. That the set-up cells are equal is tested with the notebooks."""
+    code = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    assert "setup" in code[0]["metadata"]["tags"], "the set-up cell comes first"
+    rest = "".join("".join(c["source"]) for c in code[1:])
+    assert not re.search(r"\.\./|/content|pip install", rest)
 
 
 def test_nothing_installs_lcx_by_its_bare_name():
@@ -91,7 +87,7 @@ def test_nothing_installs_lcx_by_its_bare_name():
     assert bare.search("pip install -q lcx") and not bare.search("pip install 'lcx @ git+https://x'")
     for name in files:
         path = ROOT / name
-        if path == Path(__file__) or path.suffix not in suffixes or not path.is_file():
+        if name.startswith("tests/") or path.suffix not in suffixes or not path.is_file():
             continue
         assert not bare.search(path.read_text(errors="replace")), name
 
@@ -116,6 +112,7 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_checkpoints_and_results_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     tracked = subprocess.run(
@@ -190,17 +187,6 @@ def test_only_what_is_missing_would_be_installed(wheel, colab, tmp_path):
         link.unlink()
     offered = ["--no-index", "--find-links", str(index)]
     assert would_install(python, *offered, str(wheel)) == {"lcx", "gguf"}
-
-
-@pytest.mark.slow
-def test_a_failed_installation_says_what_to_do(colab, tmp_path):
-    python, env = colab
-    missing = str(tmp_path / "lcx-9-py3-none-any.whl")
-    cell = (ROOT / "book" / "setup_cell.py").read_text()
-    env["LCX_SPEC"] = missing
-    done = subprocess.run([python, "-c", cell], capture_output=True, text=True, env=env, cwd=tmp_path)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode != 0 and last.startswith("RuntimeError: lcx was not installed") and missing in last
 
 
 @pytest.mark.slow

@@ -196,6 +196,24 @@ def test_doctor_reports_an_unknown_profile_in_the_environment(lcx, monkeypatch):
     assert code == 1 and "LCX_PROFILE=bok: unknown profile 'bok'" in out
 
 
+def test_doctor_describes_a_gpu(lcx, monkeypatch):
+    import torch
+
+    imitation = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_name": lambda i=0: "Tesla T4",
+        "mem_get_info": lambda i=0: (10 * 2**30, 15 * 2**30),
+        "get_device_capability": lambda *_: (7, 5),
+    }
+    for name, function in imitation.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.delenv("LCX_PROFILE", raising=False)
+    out = lcx("doctor")[1]
+    assert "Tesla T4, 10.0 GiB free of 15.0 GiB" in out
+    assert "profile colab on cuda, float16" in out, "a T4 has no bfloat16"
+
+
 def test_doctor_hides_the_home_folder(monkeypatch, tmp_path):
     from lcx import doctor
 

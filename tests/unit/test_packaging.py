@@ -87,6 +87,7 @@ def test_versions_agree():
     assert re.search(rf"^## \[(Unreleased|{re.escape(version)})\]", changelog, re.M)
 
 
+@pytest.mark.slow
 def test_citation_is_valid(tmp_path):
     def check(path: Path) -> int:
         command = [

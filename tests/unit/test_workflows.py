@@ -52,6 +52,7 @@ def schema_errors(schema: str, *paths: Path) -> str:
     return done.stdout + done.stderr if done.returncode else ""
 
 
+@pytest.mark.slow
 def test_workflows_and_forms_follow_their_schemas(tmp_path):
     assert [p.stem for p in WORKFLOWS] == ["colab", "pages", "tests"]
     assert not schema_errors("github-workflows", *WORKFLOWS)
