@@ -196,12 +196,10 @@ def test_generated_cells_are_in_sync(path):
     )
 
 
-@every
-def test_stripped(path):
-    done = subprocess.run(
-        [sys.executable, "-m", "nbstripout", "--verify", str(path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{path.name} holds outputs: run nbstripout notebooks/{path.name}"
+def test_stripped():
+    command = [sys.executable, "-m", "nbstripout", "--verify", *map(str, notebooks())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"outputs are committed: run nbstripout notebooks/*.ipynb\n{done.stdout}"
 
 
 @every
