@@ -63,8 +63,8 @@ def test_lm_256_beats_counting_in_its_window_and_breaks_past_it():
     except ModelNotFoundError as e:
         pytest.skip(str(e))
     assert figures["loss"] < figures["bigram_loss"] - 0.5 < figures["unigram_loss"] - 1
-    assert figures["loss_at_256_to_511"] > figures["loss"] + 0.5
-    assert figures["loss_at_512_to_1023"] > figures["loss"] + 1.5
+    assert figures["loss_at_256_to_511"] > figures["loss"] + 0.3
+    assert figures["loss_at_512_to_1023"] > figures["loss"] + 1.0
 
 
 def test_lm_256_tokenizer_gives_back_every_text():
