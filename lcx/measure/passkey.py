@@ -16,12 +16,10 @@ from . import kept, measurement
 SEED = 0
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # length -> samples a cell. The cost grows faster than the length: on two idle cores 0.8 s a prompt at 512 tokens, 35 s
-# at 8,192, 70 s at 12,288, so the long ones must do with few. The window of the model is 8,192; past it only filler,
-# the easier haystack, is tried.
+# at 8,192, 70 s at 12,288, so the long ones must do with few. The window of the model is 8,192.
 LENGTHS = {512: 4, 1024: 4, 2048: 4, 4096: 2, 8192: 1, 12288: 1}
 WINDOW = 8192
 HAYSTACKS = ("filler", "prose")
-WINDOW = 8192
 PER_CELL = 4  # samples a depth in `recall`
 RECALL_LENGTH = 512
 CONTEXTS = (128, 256, 512, 1024, 2048)
