@@ -165,7 +165,10 @@ def save(recipe: Recipe, model, tokenizer, card: dict[str, Any], out: Path) -> N
                 f"{recipe.name} takes {size / 1e6:.1f} MB, the zoo allows 4 MB: make the model smaller"
             )
         written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        card["heldout"] = recipe.score(written, AutoTokenizer.from_pretrained(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        card["heldout"] = recipe.score(written, tokenizer)
+        if recipe.baselines:
+            card["heldout"] |= recipe.baselines(tokenizer)
         card["sha256"] = {p.name: sha256(p) for p in sorted(folder.iterdir())}
         card["made_by"]["date"] = datetime.now(UTC).date().isoformat()
         write_json(folder / "card.json", card)

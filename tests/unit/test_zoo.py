@@ -62,7 +62,9 @@ def test_lm_256_beats_counting_in_its_window_and_breaks_past_it():
         figures = zoo.verify("lm-256")
     except ModelNotFoundError as e:
         pytest.skip(str(e))
-    assert figures["loss"] < figures["bigram_loss"] - 0.5 < figures["unigram_loss"] - 1
+    card = zoo.card("lm-256")["heldout"]
+    assert figures == pytest.approx({k: card[k] for k in figures}, rel=1e-2)
+    assert figures["loss"] < card["bigram_loss"] - 0.5 < card["unigram_loss"] - 1
     assert figures["loss_at_256_to_511"] > figures["loss"] + 0.3
     assert figures["loss_at_512_to_1023"] > figures["loss"] + 1.0
 
@@ -79,6 +81,17 @@ def test_needle_64_tokenizer_reads_as_the_task_counts():
     assert tokenizer("<bos> f0 f15 n0 n63").input_ids == [0, 1, 16, 17, 80]
 
 
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_lm_256_baselines_of_the_card():
+    try:
+        counted = lm_256.baselines(lcx.load("lm-256", device="cpu")[1])
+    except ModelNotFoundError as e:
+        pytest.skip(str(e))
+    card = zoo.card("lm-256")["heldout"]
+    assert counted == pytest.approx({k: card[k] for k in counted}, abs=1e-9)
+
+
 def test_windows_are_the_same_for_a_seed_and_stay_inside():
     a, b, c = (lm_256.Windows(torch.arange(1000), 20, seed=s) for s in (0, 0, 1))
     rows = torch.stack([w["input_ids"] for w in a])
@@ -89,8 +102,8 @@ def test_windows_are_the_same_for_a_seed_and_stay_inside():
 
 def test_bigram_baseline_on_a_text_it_can_predict():
     """0 1 0 1 …: unigrams cannot do better than ln 2, bigrams know the next token."""
-    row = tuple([0, 1] * 5000)
-    unigram, bigram = lm_256._bigram_baseline(2, row, row)
+    row = torch.tensor([0, 1] * 5000)
+    unigram, bigram = lm_256.bigram_baseline(2, row, row)
     assert unigram == pytest.approx(0.6931, abs=1e-3) and bigram < 0.01
 
 

@@ -14,7 +14,8 @@ class Recipe:
     config: LlamaConfig fields. training: TrainingArguments fields beyond steps, batch_size and seed.
     tokenizer(): a fresh transformers tokenizer. data(tokenizer, seed, examples): (train, heldout) datasets of
     {"input_ids", "labels"}. score(model, tokenizer): the held-out figures, "loss" in nats per scored token first
-    among them. stop_accuracy: stop once the held-out accuracy reaches this, looking every eval_steps steps.
+    among them. baselines(tokenizer): figures for the card that do not depend on the model. stop_accuracy: stop once
+    the held-out accuracy reaches this, looking every eval_steps steps.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Recipe:
     tokenizer: Callable[[], Any]
     data: Callable[[Any, int, int], tuple[Any, Any]]
     score: Callable[[Any, Any], dict[str, Any]]
+    baselines: Callable[[Any], dict[str, Any]] | None = None
     stop_accuracy: float | None = None
     eval_steps: int = 50
     save_steps: int = 100
