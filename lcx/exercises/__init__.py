@@ -6,6 +6,7 @@ the student sees. A quiz is plain HTML: each choice opens its explanation, with 
 
 from __future__ import annotations
 
+import dis
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -36,28 +37,47 @@ def checks() -> dict[str, Callable[[Any], None]]:
     return _CHECKS
 
 
-def check(name: str, answer: Any) -> bool:
-    """Check a student's answer (a function or a value), say at once whether it holds, and return that.
+def check(name: str, answer: Any) -> None:
+    """Check a student's answer (a function or a value) and say at once whether it holds.
 
     Never raises for a wrong answer, so that "run all" goes on. Raises LcxError for an unknown exercise.
     """
     known = checks()
     if name not in known:
-        raise LcxError(f"no exercise {name!r}: this chapter has {', '.join(sorted(k for k in known if k[:2] == name[:2])) or 'none'}")
+        raise LcxError(
+            f"no exercise {name!r}: this chapter has {', '.join(sorted(k for k in known if k[:2] == name[:2])) or 'none'}"
+        )
+    passed, mark, color = False, "✗", "#D55E00"
     try:
         known[name](answer)
-        passed, words = True, "Right. Your answer passed every check."
+        passed, mark, color, words = True, "✓", "#009E73", "Right. Your answer passed every check."
     except AssertionError as e:
-        passed, words = False, f"Not yet: {e or 'the result is not the expected one'}"
+        words = f"Not yet: {e or 'the result is not the expected one'}"
     except Exception as e:  # the student's own code failed: show how, and go on
-        passed, words = False, f"Not yet: your code raised {type(e).__name__}: {e}"
-    mark = "✓" if passed else "✗"
+        words = f"Not yet: your code raised {type(e).__name__}: {e}"
+    if not passed and _untouched(answer):
+        mark, color, words = (
+            "○",
+            "#8C8C8C",
+            "Your turn. Put your answer in place of the dots and run this cell again.",
+        )
     html = (
         f'<div class="lcx-card lcx-{"pass" if passed else "fail"}" role="status" style="border-left:4px solid '
-        f'{"#009E73" if passed else "#D55E00"};padding:.4em .8em">{mark} <b>{escape(name)}</b> {escape(words)}</div>'
+        f'{color};padding:.4em .8em">{mark} <b>{escape(name)}</b> {escape(words)}</div>'
     )
     _display(html, f"{mark} {name}: {words}", {"check": name, "passed": passed})
-    return passed
+
+
+def _untouched(answer: Any) -> bool:
+    """Is this still the stub: `...`, or a function that returns `...`?"""
+    if not hasattr(answer, "__code__"):
+        return answer is ...
+    steps = list(dis.get_instructions(answer.__code__))
+    returns = ("RETURN_VALUE", "RETURN_CONST")  # two instructions up to Python 3.11, one from 3.12 on
+    return any(
+        a.argval is ... and {a.opname, b.opname} & set(returns)
+        for a, b in zip(steps, [*steps[1:], steps[-1]], strict=True)
+    )
 
 
 def quiz(question: str, choices: Sequence[tuple[str, bool, str]]) -> None:
