@@ -60,7 +60,8 @@ def by_length(
             hovertemplate="%{customdata[0]}: %{customdata[1]} of %{customdata[2]} right, "
             "95 % interval %{customdata[3]} to %{customdata[4]} %<extra>" + name + "</extra>",
         )
-    fig.update_xaxes(title=xaxis, tickvals=list(range(len(every))), ticktext=[f"{v:,}" for v in every])
+    ticks = {"tickvals": list(range(len(every))), "ticktext": [f"{v:,}" for v in every]}
+    fig.update_xaxes(title=xaxis, **ticks, tickangle=0, tickfont={"size": 12})
     fig.update_yaxes(title="exact match (%)", range=[-4, 104])
     if window is not None:
         _window_line(fig, every, window)
@@ -131,6 +132,8 @@ def heat_map(
         title="prompt and answer (tokens)",
         tickvals=list(range(len(lengths))),
         ticktext=[f"{v:,}" for v in lengths],
+        tickangle=0,  # a phone is just wide enough for six labels of this size
+        tickfont={"size": 12},
         showgrid=False,
         zeroline=False,
     )
