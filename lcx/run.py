@@ -87,14 +87,13 @@ def execute(
     record.unlink(missing_ok=True)
     _say(f"{source.stem}: running with profile {profile} …")
     began = time.perf_counter()
-    done, peak = _run(nb, source, profile, out.parent)
-    seconds = time.perf_counter() - began
+    done, used = _run(nb, source, profile, out.parent)
+    seconds, peak = time.perf_counter() - began, used.get("peak_memory_bytes")
     _write_notebook(done, out)
     from .results import write_json
 
-    write_json(
-        record, {"key": key, "profile": profile, "seconds": round(seconds, 1), "peak_memory_bytes": peak}
-    )
+    cost = {"seconds": round(seconds, 1), "cpu_seconds": used.get("cpu_seconds"), "peak_memory_bytes": peak}
+    write_json(record, {"key": key, "profile": profile, **cost})
     _say(
         f"{source.stem}: done in {seconds:.0f} s" + (f", peak memory {peak / 2**30:.1f} GiB" if peak else "")
     )
@@ -117,14 +116,14 @@ def cache_key(nb: Any, profile: str) -> str:
     return h.hexdigest()
 
 
-def _run(nb: Any, source: Path, profile: str, folder: Path) -> tuple[Any, int | None]:
-    """(executed notebook, peak memory of its kernel in bytes or None)."""
+def _run(nb: Any, source: Path, profile: str, folder: Path) -> tuple[Any, dict[str, float]]:
+    """(executed notebook, what its kernel used)."""
     papermill, nbformat = _need("papermill"), _need("nbformat")
     _need("ipykernel")
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    manager, peaks = _kernel_manager()
+    manager, used = _kernel_manager()
     tmp = folder / f".{source.stem}.{os.getpid()}.ipynb"
     try:
         papermill.execute_notebook(
@@ -149,32 +148,32 @@ def _run(nb: Any, source: Path, profile: str, folder: Path) -> tuple[Any, int | 
     for cell in done.cells:
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata.tags.append("remove-cell")
-    return done, max(peaks, default=None)
+    return done, used
 
 
-def _kernel_manager() -> tuple[type, list[int]]:
-    """A kernel manager class that starts this very interpreter, whatever kernels are registered, and the list to
-    which it adds each kernel's peak resident memory in bytes (Linux only)."""
+def _kernel_manager() -> tuple[type, dict[str, float]]:
+    """A kernel manager class that starts this very interpreter, whatever kernels are registered, and the dict in
+    which it leaves the kernel's peak resident memory in bytes and its CPU time in seconds (Linux only)."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
     env = {"LCX_STATIC": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    peaks: list[int] = []
+    used: dict[str, float] = {}
 
     class OwnKernel(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=argv, env=env, display_name="Python 3", language="python")
 
         async def shutdown_kernel(self, *args: Any, **kwargs: Any) -> None:
-            pid = getattr(self.provisioner, "pid", None)
-            status = Path(f"/proc/{pid}/status")
-            if status.is_file():
-                peaks.extend(
-                    int(s.split()[1]) * 1024 for s in status.read_text().splitlines() if s.startswith("VmHWM")
-                )
+            proc = Path(f"/proc/{getattr(self.provisioner, 'pid', None)}")
+            if (proc / "stat").is_file():
+                peak = [s for s in (proc / "status").read_text().splitlines() if s.startswith("VmHWM")]
+                ticks = (proc / "stat").read_text().rpartition(")")[2].split()[11:13]  # utime, stime
+                used["cpu_seconds"] = round(sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"), 1)
+                used.update({"peak_memory_bytes": int(s.split()[1]) * 1024 for s in peak})
             await super().shutdown_kernel(*args, **kwargs)
 
-    return OwnKernel, peaks
+    return OwnKernel, used
 
 
 def _where(source: Path, nb: Any, index: int) -> str:

@@ -77,10 +77,10 @@ def test_there_are_notebooks_and_nothing_else():
 def test_runs_from_start_to_end(path):
     run = run_of(path)
     record = json.loads(run.with_suffix(".json").read_text())
-    print(f"{path.stem}: {record['seconds']} s")
-    assert record["seconds"] <= SMOKE_SECONDS * 2, (
-        f"{path.stem} took {record['seconds']} s; the smoke profile allows {SMOKE_SECONDS} s on an idle machine"
-    )
+    cpu = record["cpu_seconds"] or record["seconds"]
+    print(f"{path.stem}: {record['seconds']} s, {cpu} s of CPU time")
+    # CPU time, since the wall clock of a busy machine says nothing: two cores for 40 s
+    assert cpu <= 2 * SMOKE_SECONDS
 
 
 @pytest.mark.notebook

@@ -48,6 +48,7 @@ def test_runs_with_this_interpreter_the_profile_and_no_live_widgets(tmp_path):
     assert record["profile"] == "smoke" and record["seconds"] > 0
     if sys.platform == "linux":
         assert 10**7 < record["peak_memory_bytes"] < 10**10
+        assert 0 < record["cpu_seconds"] < 60
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.ipynb", "a.json"}
 
 
