@@ -167,10 +167,10 @@ def _kernel_manager() -> tuple[type, dict[str, float]]:
         async def shutdown_kernel(self, *args: Any, **kwargs: Any) -> None:
             proc = Path(f"/proc/{getattr(self.provisioner, 'pid', None)}")
             if (proc / "stat").is_file():
-                peak = [s for s in (proc / "status").read_text().splitlines() if s.startswith("VmHWM")]
+                status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
                 ticks = (proc / "stat").read_text().rpartition(")")[2].split()[11:13]  # utime, stime
                 used["cpu_seconds"] = round(sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"), 1)
-                used.update({"peak_memory_bytes": int(s.split()[1]) * 1024 for s in peak})
+                used["peak_memory_bytes"] = int(status["VmHWM"].split()[0]) * 1024
             await super().shutdown_kernel(*args, **kwargs)
 
     return OwnKernel, used
