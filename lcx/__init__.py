@@ -30,7 +30,19 @@ _HOME = {
     "coverage": "methods.coverage",
     "scale_rope": "methods.scaling",
 }
-_MODULES = ("corpora", "errors", "exercises", "figures", "methods", "models", "plan", "profiles", "results", "tasks", "zoo")
+_MODULES = (
+    "corpora",
+    "errors",
+    "exercises",
+    "figures",
+    "methods",
+    "models",
+    "plan",
+    "profiles",
+    "results",
+    "tasks",
+    "zoo",
+)
 
 __all__ = [*_HOME, *_MODULES]
 

@@ -51,7 +51,10 @@ def made_by(command: str, seed: int) -> dict[str, Any]:
     return {
         "command": command,
         "seed": seed,
-        "versions": {"python": sys.version.split()[0], **{p: version(p) for p in ("lcx", "torch", "transformers")}},
+        "versions": {
+            "python": sys.version.split()[0],
+            **{p: version(p) for p in ("lcx", "torch", "transformers")},
+        },
         "device": device_name(),
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -29,8 +29,12 @@ def figure(*traces: Any, height: int = 420, **layout: Any) -> go.Figure:
         hovermode="closest",
     )
     fig.update_layout(**layout)
-    fig.update_xaxes(gridcolor="rgba(128,128,128,0.25)", zerolinecolor="rgba(128,128,128,0.4)", automargin=True)
-    fig.update_yaxes(gridcolor="rgba(128,128,128,0.25)", zerolinecolor="rgba(128,128,128,0.4)", automargin=True)
+    fig.update_xaxes(
+        gridcolor="rgba(128,128,128,0.25)", zerolinecolor="rgba(128,128,128,0.4)", automargin=True
+    )
+    fig.update_yaxes(
+        gridcolor="rgba(128,128,128,0.25)", zerolinecolor="rgba(128,128,128,0.4)", automargin=True
+    )
     return fig
 
 
@@ -63,7 +67,12 @@ def controls(
         change = update(**{n: values[n][i] for n, i in zip(names, at, strict=True)})
         data = [{"type": fig.data[i].type, **d} for i, d in enumerate(change.get("data", []))]
         frames.append(
-            go.Frame(name=".".join(map(str, at)), data=data, traces=list(range(len(data))), layout=change.get("layout"))
+            go.Frame(
+                name=".".join(map(str, at)),
+                data=data,
+                traces=list(range(len(data))),
+                layout=change.get("layout"),
+            )
         )
     fig.frames = frames
     first = frames[grid.index(tuple(start[n] for n in names))]
@@ -89,14 +98,30 @@ def controls(
 
 
 def _label(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _native_slider(fig: go.Figure, name: str, control: Mapping[str, Any], play: bool) -> None:
     now = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
-    steps = [{"label": label, "method": "animate", "args": [[str(i)], now]} for i, label in enumerate(control["values"])]
+    steps = [
+        {"label": label, "method": "animate", "args": [[str(i)], now]}
+        for i, label in enumerate(control["values"])
+    ]
     fig.update_layout(
-        sliders=[{"active": control["start"], "steps": steps, "currentvalue": {"prefix": f"{name}: "}, "pad": {"t": 48}}]
+        sliders=[
+            {
+                "active": control["start"],
+                "steps": steps,
+                "currentvalue": {"prefix": f"{name}: "},
+                "pad": {"t": 48},
+            }
+        ]
     )
     if play:
         run = {"frame": {"duration": 500, "redraw": True}, "transition": {"duration": 0}, "fromcurrent": True}
@@ -105,5 +130,14 @@ def _native_slider(fig: go.Figure, name: str, control: Mapping[str, Any], play: 
             {"label": "Pause", "method": "animate", "args": [[None], now]},
         ]
         fig.update_layout(
-            updatemenus=[{"type": "buttons", "direction": "left", "showactive": False, "x": 0, "y": -0.2, "buttons": buttons}]
+            updatemenus=[
+                {
+                    "type": "buttons",
+                    "direction": "left",
+                    "showactive": False,
+                    "x": 0,
+                    "y": -0.2,
+                    "buttons": buttons,
+                }
+            ]
         )
