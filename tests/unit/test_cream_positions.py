@@ -183,6 +183,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.slow
 def test_coverage_matches_the_table(name):
     expected, draw = PUBLISHED[name]
     c = coverage(draw, 4096, 8, examples=3000)

@@ -139,6 +139,7 @@ def test_no_source_is_one_line_with_the_fix(fake_wheel):
     assert list(cache_dir().iterdir()) == []
 
 
+@pytest.mark.slow
 def test_killed_conversion_leaves_nothing_half_written(fake_wheel, reference):
     """SIGKILL right after the weights were written, before the tokenizer: the next load starts anew."""
     code = f"""

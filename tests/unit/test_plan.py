@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -18,18 +19,20 @@ TINY = [
 by_name = pytest.mark.parametrize("shape", TINY, ids=lambda s: s.name)
 
 
-def random_model(shape, device="cpu"):
+def random_model(shape):
     config = shape.to_config()
     config._attn_implementation = "eager"  # the counter does not know PyTorch's fused CPU kernel
-    with torch.device(device):
-        return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
 
 
 def count(model, ids, **kwargs):
     """(FLOPs in projections and MLP and logits, FLOPs in attention products, the cache)."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         out = model(input_ids=ids, use_cache=True, **kwargs)
-    ops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    flops = counter.get_flop_counts()
+    # Transformers 5.0 makes RoPE's angles by a product, later versions elementwise.
+    rope = flops.get("LlamaForCausalLM.model.rotary_emb", {})
+    ops = {str(op): n - rope.get(op, 0) for op, n in flops["Global"].items()}
     return ops["aten.mm"], ops["aten.bmm"], out.past_key_values
 
 
@@ -78,18 +81,18 @@ def test_prefill_is_the_sum_of_decode_steps(shape):
 
 @pytest.mark.parametrize("shape", [*TINY, *plan.SHAPES.values()], ids=lambda s: s.name)
 def test_parameters_and_round_trip_through_a_config(shape):
-    model = random_model(shape, "meta")
+    with FakeTensorMode():
+        model = random_model(shape)
     assert shape.params == sum(p.numel() for p in model.parameters())  # tied weights are one parameter
     assert plan.weight_bytes(shape, "float32") == sum(p.nbytes for p in model.parameters())
     assert ModelShape.from_config(model.config, shape.name) == shape
 
 
 @pytest.mark.parametrize("name", ["SmolLM2-135M", "OpenLLaMA-3B", "LLaMA-7B", "Llama-3.1-8B"])
-def test_full_size_models_on_the_meta_device(name):
+def test_full_size_models_without_weights(name):
     shape = plan.SHAPES[name]
-    mm, bmm, cache = count(
-        random_model(shape, "meta"), torch.zeros(2, 4096, dtype=torch.long, device="meta"), logits_to_keep=1
-    )
+    with FakeTensorMode():
+        mm, bmm, cache = count(random_model(shape), torch.zeros(2, 4096, dtype=torch.long), logits_to_keep=1)
     flops = plan.flops_prefill(shape, 4096, causal=False)
     assert (mm, bmm) == (2 * (flops.projections + flops.mlp + flops.logits), 2 * flops.attention)
     assert sum(c.keys.nbytes + c.values.nbytes for c in cache.layers) == plan.kv_bytes(

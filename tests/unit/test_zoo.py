@@ -107,6 +107,7 @@ def test_bigram_baseline_on_a_text_it_can_predict():
     assert unigram == pytest.approx(0.6931, abs=1e-3) and bigram < 0.01
 
 
+@pytest.mark.slow
 def test_training_is_repeatable_and_leaves_the_global_generators_alone(small, tmp_path):
     state = torch.get_rng_state()
     one = training.run(small, tmp_path / "one", seed=3, steps=6)
@@ -121,6 +122,7 @@ def test_training_is_repeatable_and_leaves_the_global_generators_alone(small, tm
     assert one["sha256"]["model.safetensors"] == sha256(tmp_path / "one" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_interrupted_training_resumes_to_the_same_weights(small, tmp_path):
     whole = training.run(small, tmp_path / "whole", seed=0, steps=10)
     drawn = []
