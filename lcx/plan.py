@@ -4,7 +4,8 @@ Conventions, the same everywhere in the book:
 
 * One multiply and one add are 2 FLOPs, so an [n, k] @ [k, m] product costs 2 * n * k * m.
 * Only matrix products are counted. Norms, RoPE, softmax and activations are left out: they are O(T) or O(T^2) with
-  small constants, and `torch.utils.flop_counter.FlopCounterMode` leaves them out too.
+  small constants, and `torch.utils.flop_counter.FlopCounterMode` leaves them out too. (Transformers 5.0 makes RoPE's
+  angles by a product, batch * T * head_dim FLOPs, which it counts: subtract those of the module `rotary_emb`.)
 * Causal attention lets token t see t keys, so T tokens cost T * (T + 1) / 2 query-key pairs, not T^2. A counter that
   looks at shapes sees the full square: ask for `causal=False` to compare with one.
 * Bytes are exact; GiB = 2**30 bytes. Nothing here needs torch.
@@ -80,7 +81,7 @@ class ModelShape:
         )
 
     def to_config(self) -> Any:
-        """A transformers LlamaConfig of this shape, for a model with random weights (on the meta device: with none)."""
+        """A transformers LlamaConfig of this shape, for a model with random weights (with none in FakeTensorMode)."""
         from transformers import LlamaConfig
 
         return LlamaConfig(

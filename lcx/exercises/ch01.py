@@ -10,11 +10,12 @@ from . import exercise
 def _(kv_cache_bytes):
     """kv_cache_bytes(config, length, bytes_per_number) against a real cache of random models."""
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import LlamaForCausalLM
 
     for name in ("LLaMA-7B", "SmolLM2-135M", "Llama-3.1-8B"):
         config = plan.SHAPES[name].to_config()
-        with torch.device("meta"), torch.no_grad():
+        with FakeTensorMode(), torch.no_grad():  # shapes without numbers, so no memory
             cache = LlamaForCausalLM(config)(
                 torch.zeros(1, 300, dtype=torch.long), use_cache=True
             ).past_key_values
@@ -103,7 +104,8 @@ def _(attention_share):
             if got == 0
             else ""
         )
-        assert abs(got - truth) < 1e-9, (
+        # In older versions of transformers RoPE's angles are a product too. Counting it changes the share by 1e-4.
+        assert abs(got - truth) < 2e-4, (
             f"{length} tokens: the share is {truth:.4f}, you say {got:.4f}. {hint}"
         )
     assert model.config._attn_implementation == "sdpa", (
