@@ -151,3 +151,9 @@ def test_the_oldest_supported_python_is_tested():
     )
     matrix = load(ROOT / ".github/workflows/tests.yml")["jobs"]["test"]["strategy"]["matrix"]["python"]
     assert oldest in matrix and len(matrix) > 1
+
+
+def test_the_oldest_supported_transformers_is_tested():
+    bound = re.search(r'"transformers>=([\d.]+),', (ROOT / "pyproject.toml").read_text())[1]
+    runs = [s.get("run", "") for s in load(ROOT / ".github/workflows/tests.yml")["jobs"]["oldest"]["steps"]]
+    assert any(re.search(rf"transformers=={re.escape(bound)}(\.0)*$", run, re.M) for run in runs)
