@@ -300,9 +300,8 @@ def test_smollm2_conversion_is_bit_equal_to_that_of_transformers(smollm2, tmp_pa
     monkeypatch.setenv("LCX_STATIC", "1")
     convert(file / models.SMOLLM2_GGUF, tmp_path / "out")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
-    kind = getattr(
-        transformers, "GgufConfig", None
-    )  # without it, in older versions, GGUF is always dequantized
+    # Versions without GgufConfig always dequantize.
+    kind = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": kind(dequantize=True)} if kind else {}
     theirs = AutoModelForCausalLM.from_pretrained(
         file, gguf_file=models.SMOLLM2_GGUF, dtype=torch.float32, **options
