@@ -20,6 +20,7 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LENGTHS = {512: 4, 1024: 4, 2048: 4, 4096: 2, 8192: 1, 12288: 1}
 WINDOW = 8192
 HAYSTACKS = ("filler", "prose")
+WORDING_LENGTHS = (512, 1024, 2048, 4096)
 PER_CELL = 4  # samples a depth in `recall`
 RECALL_LENGTH = 512
 CONTEXTS = (128, 256, 512, 1024, 2048)
@@ -52,6 +53,21 @@ def passkey_grid(model, tokenizer) -> dict[str, Any]:
             }
             rows += [{**r, "haystack": kind} for r in grid(model, tokenizer, passkey.sample, **how)]
     return {"lengths": list(LENGTHS), "depths": list(DEPTHS), "haystacks": list(HAYSTACKS), "rows": rows}
+
+
+@measurement("smollm2-wording", model="smollm2-135m", seed=SEED)
+def wording(model, tokenizer) -> dict[str, Any]:
+    """Passkeys found by SmolLM2-135M when the instruction does not say what to look for."""
+    from ..evaluate import grid
+    from ..tasks import passkey
+
+    rows = []
+    for length in WORDING_LENGTHS:
+        for kind in HAYSTACKS:
+            how = {"lengths": [length], "depths": DEPTHS, "n": 2, "seed": SEED, "haystack": kind}
+            how |= {"instruction": passkey.VAGUE, "partial": rows_of(model, f"wording-{kind}")}
+            rows += [{**r, "haystack": kind} for r in grid(model, tokenizer, passkey.sample, **how)]
+    return {"instruction": passkey.VAGUE.strip(), "depths": list(DEPTHS), "rows": rows}
 
 
 @measurement("smollm2-recall", model="smollm2-135m", seed=SEED)

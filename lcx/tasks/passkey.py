@@ -13,6 +13,8 @@ import random
 from .sample import Sample, assemble
 
 INSTRUCTION = "Somewhere in the text below a pass key is hidden. Find it and remember it: you will be asked for it at the end.\n"
+# The same, without a word about what to look for. The published instruction is of this kind ("important info").
+VAGUE = "Something important is hidden in the text below. Find it and remember it: you will be asked about it at the end.\n"
 QUESTION = "\nWhat is the pass key? The pass key is "
 
 

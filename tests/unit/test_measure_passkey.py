@@ -8,6 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lcx.measure import passkey, registry
 from lcx.tasks import sample
 
+NAMES = ["smollm2-passkey", "smollm2-wording", "smollm2-recall", "smollm2-context-use"]
+
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
@@ -15,6 +17,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setenv("LCX_CACHE", str(tmp_path))
     monkeypatch.setattr(sample, "_sentences", lambda: (PROSE * 100, [0, len(PROSE)]))
     monkeypatch.setattr(passkey, "LENGTHS", {400: 2, 500: 1})
+    monkeypatch.setattr(passkey, "WORDING_LENGTHS", (400, 500))
     monkeypatch.setattr(passkey, "RECALL_LENGTH", 1200)
     monkeypatch.setattr(passkey, "PER_CELL", 1)
     monkeypatch.setattr(passkey, "CONTEXTS", (100, 400))
@@ -31,10 +34,10 @@ def bench(monkeypatch, tmp_path):
 
 
 def test_they_are_registered_under_the_names_the_chapter_reads():
-    assert {"smollm2-passkey", "smollm2-recall", "smollm2-context-use"} <= set(registry)
+    assert set(NAMES) <= set(registry)
 
 
-@pytest.mark.parametrize("name", ["smollm2-passkey", "smollm2-recall", "smollm2-context-use"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_second_call_measures_nothing_again(bench, name):
     model, tokenizer = bench
     first = registry[name](model, tokenizer)
