@@ -37,7 +37,7 @@ lint: $(VENV)/.test ## style of code and notebooks, generated cells, no outputs 
 	@$(BIN)/nbstripout --verify notebooks/*.ipynb
 	@$(BIN)/python book/sync.py --check
 
-receipts: $(VENV)/.book ## run every notebook anew, write its time and memory into the badge rows
+receipts: $(VENV)/.book ## write time and memory of the notebooks' runs into their badge rows
 	@$(BIN)/python book/build.py --receipts
 
 clean: ## remove what was built, not the environment (.venv) and not the cached models

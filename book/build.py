@@ -2,7 +2,7 @@
 
     python book/build.py                              the published book, in _build/html
     python book/build.py --profile smoke --out DIR    the same pages from quick runs, in DIR/_build/html
-    python book/build.py --receipts                   run every notebook anew, record its time and memory
+    python book/build.py --receipts                   record time and memory of the runs in the badge rows
 
 A run is used again until its code, the package, the results or the versions change (lcx/run.py).
 """
@@ -82,7 +82,7 @@ def main() -> None:
         "--out", type=Path, default=ROOT, help="pages go to OUT/_build/html (default: the repository)"
     )
     parser.add_argument(
-        "--receipts", action="store_true", help="run every notebook anew and record time and memory"
+        "--receipts", action="store_true", help="record time and memory of the runs in the badge rows"
     )
     options = parser.parse_args()
     began = time.perf_counter()

@@ -70,7 +70,7 @@ def run(
         bool, typer.Option(help="Keep an earlier run when nothing it depends on has changed.")
     ] = True,
     receipt: Annotated[
-        bool, typer.Option("--receipt", help="Run anew and record time and memory for the badge row.")
+        bool, typer.Option("--receipt", help="Record time and memory for the badge row.")
     ] = False,
 ) -> None:
     """Run a notebook from start to end and print the path of the executed copy."""

@@ -65,7 +65,7 @@ def execute(
 
     out_dir: where the copy goes (default `_build/executed/<profile>`), with a small JSON file beside it that holds
     the cache key, seconds and peak memory. use_cache: return an earlier run when nothing it depends on has changed.
-    receipt: run anew and record time and memory in book/results/receipts.json.
+    receipt: record time and memory of the run in book/results/receipts.json.
 
     Raises NotebookError for an unknown notebook, a cell that fails or a kernel that dies, UnknownProfileError, and
     LcxError when the packages of the extra "book" are missing. A failed run leaves no file behind.
@@ -79,9 +79,11 @@ def execute(
     record = out.with_suffix(".json")
     nb = nbformat.read(source, as_version=4)
     key = cache_key(nb, profile)
-    if use_cache and not receipt and out.is_file() and record.is_file() and _read(record).get("key") == key:
+    if use_cache and out.is_file() and record.is_file() and _read(record).get("key") == key:
         _write_notebook(_with_new_prose(nb, nbformat.read(out, as_version=4)), out)
         _say(f"{source.stem}: unchanged, kept the run of {_read(record)['seconds']:.0f} s")
+        if receipt:
+            _keep_receipt(source.stem, _read(record))
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
@@ -90,15 +92,20 @@ def execute(
     done, used = _run(nb, source, profile, out.parent)
     seconds, peak = time.perf_counter() - began, used.get("peak_memory_bytes")
     _write_notebook(done, out)
-    from .results import write_json
+    from .results import device_name, write_json
 
     cost = {"seconds": round(seconds, 1), "cpu_seconds": used.get("cpu_seconds"), "peak_memory_bytes": peak}
-    write_json(record, {"key": key, "profile": profile, **cost})
+    made = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {"python": sys.version.split()[0], **{p: _version(p) for p in ("lcx", *_VERSIONS)}},
+        "device": device_name(),
+    }
+    write_json(record, {"key": key, "profile": profile, **cost, **made})
     _say(
         f"{source.stem}: done in {seconds:.0f} s" + (f", peak memory {peak / 2**30:.1f} GiB" if peak else "")
     )
     if receipt:
-        _record_receipt(source.stem, profile, seconds, peak)
+        _keep_receipt(source.stem, _read(record))
     return out
 
 
@@ -214,19 +221,13 @@ def _write_notebook(nb: Any, path: Path) -> None:
         tmp.unlink(missing_ok=True)
 
 
-def _record_receipt(name: str, profile: str, seconds: float, peak: int | None) -> None:
-    from .results import device_name, results_dir, write_json
+def _keep_receipt(name: str, record: dict[str, Any]) -> None:
+    """Copy what a run cost, when and where it was made, into the committed receipts. The rest of them stays."""
+    from .results import results_dir, write_json
 
     path = results_dir() / "receipts.json"
     receipts = _read(path) if path.is_file() else {}
-    receipts[name] = {
-        "profile": profile,
-        "seconds": round(seconds, 1),
-        "peak_memory_bytes": peak,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {"python": sys.version.split()[0], **{p: _version(p) for p in ("lcx", *_VERSIONS)}},
-        "device": device_name(),
-    }
+    receipts[name] = {k: v for k, v in record.items() if k not in ("key", "cpu_seconds")}
     write_json(path, dict(sorted(receipts.items())))
 
 
