@@ -147,7 +147,9 @@ def test_play_pauses_and_moves_only_on_request_when_motion_is_reduced(site, brow
 CONTRAST = """(figure) => {
   const rgb = (s) => s.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255).map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
   const light = (s) => rgb(s).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const text = getComputedStyle(figure.querySelector(".xtick text, .ytick text, .lcx-plot text")).fill;
+  // labels of the axes first: numbers written into the cells of a heat map take their colour from the cell
+  const label = figure.querySelector(".xtick text, .ytick text") ?? figure.querySelector(".lcx-plot text");
+  const text = getComputedStyle(label).fill;
   const page = getComputedStyle(document.body).backgroundColor;
   const [a, b] = [light(text), light(page)].sort((p, q) => q - p);
   return { text, ratio: (a + 0.05) / (b + 0.05), filled: getComputedStyle(figure.querySelector(".main-svg")).backgroundColor };
