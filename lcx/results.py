@@ -41,7 +41,8 @@ def device_name() -> str:
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model or platform.processor() or platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def made_by(command: str, seed: int) -> dict[str, Any]:
