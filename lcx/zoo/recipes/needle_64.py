@@ -88,7 +88,7 @@ RECIPE = Recipe(
     batch_size=32,
     training={
         "learning_rate": 3e-3,
-        # With a constant rate, no warm-up and the usual adam_beta2 of 0.999, 3,000 steps ended near 0.9 accuracy.
+        # With a constant rate, no warm-up and the usual adam_beta2 of 0.999, a run was still near 0.9 accuracy after 2,950 steps.
         # With these three settings 650 steps pass 0.985.
         "lr_scheduler_type": "cosine",
         "warmup_steps": 100,
