@@ -29,6 +29,13 @@ _HOME = {
     "longrecipe_positions": "methods.cream",
     "coverage": "methods.coverage",
     "scale_rope": "methods.scaling",
+    "crossbatch_schedule": "methods.focused",
+    "crossbatch_contexts": "methods.focused",
+    "lane_contexts": "methods.focused",
+    "crossbatch_attention": "methods.focused",
+    "positive_share": "methods.focused",
+    "FocusedAttention": "focused",
+    "Memory": "memory",
 }
 _MODULES = (
     "corpora",

@@ -62,3 +62,54 @@ def needle_copy(
     labels = torch.full_like(input_ids, -100)
     labels[:, 1 - needle :] = input_ids[:, 1 - needle :]
     return input_ids, labels
+
+
+def needle_chunks(
+    documents: int,
+    chunk: int = 64,
+    needles: int = 3,
+    needle: int = 16,
+    types: int = 64,
+    cue: int = 4,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Needle-copy across chunks: input_ids and labels, both int64 [documents, 2, chunk].
+
+    The first chunk of a document holds `needles` needles in filler, the second repeats all of them in another order, again in
+    filler. All documents of one call use the same `types` needle tokens (drawn anew in every call), so the fewer
+    types, the more alike the documents. labels are the repeats from their token `cue` on, -100 elsewhere: `cue` tokens
+    must be enough to tell the needles apart. Four of 64 types make 15 million cues, enough for a memory of 262,144 tokens.
+    generator: as in needle_copy.
+
+    Raises LcxError if the needles do not fit into a chunk, or for impossible sizes.
+    """
+    if not 2 <= needle <= types <= len(NEEDLE) or not 1 <= cue < needle:
+        raise LcxError(
+            f"needles of {needle} tokens of {types} types after a cue of {cue} are not possible: "
+            f"use 1 <= cue < needle <= types <= {len(NEEDLE)}"
+        )
+    spare = chunk - 1 - needles * needle
+    if spare < 0 or needles < 1 or documents < 1:
+        raise LcxError(
+            f"{needles} needles of {needle} tokens and BOS do not fit into a chunk of {chunk}: make it longer"
+        )
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    alphabet = NEEDLE.start + torch.rand(len(NEEDLE), generator=generator).argsort()[:types]
+    draws = torch.rand(documents, needles, types, generator=generator).argsort(-1)[..., :needle]
+    tokens = alphabet[draws]
+    order = torch.rand(documents, needles, generator=generator).argsort(1)[..., None].expand_as(tokens)
+
+    input_ids = torch.randint(FILLER.start, FILLER.stop, (documents, 2, chunk), generator=generator)
+    input_ids[..., 0] = BOS
+    labels = torch.full_like(input_ids, -100)
+    for half, these in enumerate((tokens, tokens.gather(1, order))):
+        # Filler goes before each needle: `spare` tokens are split at random points.
+        gaps = torch.randint(spare + 1, (documents, needles), generator=generator).sort(1).values
+        starts = 1 + gaps + needle * torch.arange(needles)
+        places = (starts[..., None] + torch.arange(needle)).flatten(1)
+        input_ids[:, half].scatter_(1, places, these.flatten(1))
+        if half:
+            scored = (torch.arange(needle) >= cue).expand_as(these)
+            labels[:, 1].scatter_(1, places, these.masked_fill(~scored, -100).flatten(1))
+    return input_ids, labels

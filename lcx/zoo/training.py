@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,9 @@ def _stopper(recipe: Recipe):
 
 def _trainer(recipe: Recipe, model, tokenizer, work: Path, seed: int, steps: int):
     import torch
-    from transformers import Trainer, TrainingArguments, default_data_collator
+    from transformers import Trainer, TrainingArguments
+
+    from ..train import CrossBatchTrainer, collate
 
     train, heldout = recipe.data(tokenizer, seed, steps * recipe.batch_size)
     stops = recipe.stop_accuracy is not None
@@ -96,15 +98,19 @@ def _trainer(recipe: Recipe, model, tokenizer, work: Path, seed: int, steps: int
         remove_unused_columns=False,
         **recipe.training,
     )
-    return Trainer(
+    kind, options = Trainer, {}
+    if recipe.contexts:
+        kind, options = CrossBatchTrainer, {"contexts": recipe.contexts, "in_order": True}
+    return kind(
         model=model,
         args=arguments,
         train_dataset=train,
         eval_dataset=heldout if stops else None,
-        data_collator=default_data_collator,
+        data_collator=collate,
         compute_metrics=_accuracy if stops else None,
         preprocess_logits_for_metrics=(lambda logits, labels: logits.argmax(-1)) if stops else None,
         callbacks=[_stopper(recipe)] if stops else None,
+        **options,
     )
 
 
@@ -112,6 +118,8 @@ def run(recipe: Recipe, out: Path, seed: int, steps: int | None) -> dict[str, An
     """Train, save to `out` and return the card. Raises LcxError if the files are too large for the zoo."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ..focused import FocusedAttention
 
     wanted, steps = steps, steps or recipe.steps
     work = work_dir(recipe, seed, steps)
@@ -122,7 +130,8 @@ def run(recipe: Recipe, out: Path, seed: int, steps: int | None) -> dict[str, An
         model = LlamaForCausalLM(LlamaConfig(**{**recipe.config, **special}))
         trainer = _trainer(recipe, model, tokenizer, work, seed, steps)
         resumed, before = last_checkpoint(work), time.time()
-        trainer.train(resume_from_checkpoint=resumed)
+        with FocusedAttention.of(model)(model) if recipe.contexts else nullcontext():
+            trainer.train(resume_from_checkpoint=resumed)
         seconds = time.time() - before
     command = (
         f"lcx zoo train {recipe.name}"
@@ -137,7 +146,9 @@ def run(recipe: Recipe, out: Path, seed: int, steps: int | None) -> dict[str, An
         "made_by": made_by(command, seed),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * recipe.batch_size * recipe.config["max_position_embeddings"],
+        "tokens": trainer.state.global_step
+        * recipe.batch_size
+        * trainer.train_dataset[0]["input_ids"].numel(),
         "seconds": None
         if resumed
         else round(seconds),  # a resumed training cannot say how long all of it took

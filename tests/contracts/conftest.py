@@ -21,6 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from lcx import FocusedAttention
+
 # family: (its configuration class, options, ties the head to the embedding, seed)
 FAMILIES = {
     "llama": (LlamaConfig, {}, False, 0),
@@ -33,13 +35,34 @@ VOCAB, LENGTH = 97, 24
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the matrix. attach(model) is a context manager inside which the model works by the method."""
+    """One row of the matrix. attach(model) is a context manager inside which the model works by the method.
+
+    equals_plain: with the inputs of these tests the method has nothing to do, so the model gives its plain logits.
+    pieces: ways to cut an input that must not matter. regroups: a longer input is cut into other windows, so that
+    decoding and a fresh run of all tokens are different by definition.
+    """
 
     name: str
     attach: Callable[[PreTrainedModel], AbstractContextManager]
+    equals_plain: bool = True
+    pieces: tuple[tuple[int, ...], ...] = ((10, 1, 13), (1,) * LENGTH)
+    regroups: bool = False
 
 
-METHODS = {m.name: m for m in [Method("vanilla", lambda model: nullcontext())]}
+METHODS = {
+    m.name: m
+    for m in [
+        Method("vanilla", lambda model: nullcontext()),
+        Method("focused", lambda model: FocusedAttention(memory_layers=(0, 1))(model)),
+        Method(
+            "focused-windows",  # three windows of 8 tokens, all but the last in memory
+            lambda model: FocusedAttention(memory_layers=(1,), window=8)(model),
+            equals_plain=False,
+            pieces=((8, 8, 8), (16, 8), (1,) * LENGTH),
+            regroups=True,
+        ),
+    ]
+}
 
 
 def tiny_config(family: str, **changes) -> PretrainedConfig:

@@ -54,26 +54,54 @@ def test_padding_changes_nothing(method, model, side, filler):
             assert_close(padded[i, span], logits(model, row)[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("sizes", [(10, 1, 13), (1,) * LENGTH], ids=["chunks", "token by token"])
-def test_one_shot_equals_pieces(method, model, sizes):
-    assert sum(sizes) == LENGTH
+def test_one_shot_equals_pieces(method, model):
     ids = tokens(rows=2)
     with method.attach(model):
         whole = logits(model, ids)
-        cache = DynamicCache(config=model.config)
-        pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split(sizes, dim=1)]
-    assert_close(torch.cat(pieces, 1), whole, **TOLERANCE)
+        for sizes in method.pieces:
+            assert sum(sizes) == LENGTH
+            cache = DynamicCache(config=model.config)
+            pieces = [logits(model, piece, past_key_values=cache) for piece in ids.split(sizes, dim=1)]
+            assert_close(torch.cat(pieces, 1), whole, **TOLERANCE)
+
+
+def test_equals_the_plain_model_while_it_has_nothing_to_do(method, model):
+    ids = tokens(rows=2)
+    plain = logits(model, ids)
+    with method.attach(model):
+        inside = logits(model, ids)
+    if method.equals_plain:
+        assert_close(inside, plain, **TOLERANCE)
+    else:
+        assert (inside - plain).abs().max() > 1e-2
+
+
+def test_leaves_no_trace_also_after_an_error(method, model):
+    ids = tokens()
+    before, names = logits(model, ids), [set(vars(m)) for m in model.modules()]
+    with method.attach(model):
+        logits(model, ids)
+    assert torch.equal(logits(model, ids), before)
+    with pytest.raises(RuntimeError, match="on purpose"), method.attach(model):
+        logits(model, ids)
+        raise RuntimeError("on purpose")
+    assert torch.equal(logits(model, ids), before)
+    assert [set(vars(m)) for m in model.modules()] == names
 
 
 def test_generate_agrees_with_the_logits_and_with_a_left_padded_batch(method, model):
+    """Each new token against a fresh run over all tokens, or against the row's own decoding where windows regroup."""
     rows = [tokens(length=LENGTH), tokens(length=LENGTH - 7, seed=1)]
     ids = torch.stack([rows[0][0], torch.cat([torch.zeros(7, dtype=torch.long), rows[1][0]])])
     mask = (ids > 0).long()
     with method.attach(model):
         batch = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, LENGTH:]
         for i, row in enumerate(rows):
+            cache, new = DynamicCache(config=model.config), row
             for _ in range(6):
-                row = torch.cat([row, logits(model, row)[:, -1:].argmax(-1)], 1)
+                out = logits(model, new, past_key_values=cache) if method.regroups else logits(model, row)
+                new = out[:, -1:].argmax(-1)
+                row = torch.cat([row, new], 1)
             assert batch[i].tolist() == row[0, -6:].tolist()
 
 

@@ -1,0 +1,125 @@
+"""Training with a memory: transformers.Trainer does the work, this file says who sees whom at which step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from .errors import LcxError
+from .methods.focused import crossbatch_contexts, crossbatch_schedule, lane_contexts
+
+Schedule = Callable[[int], int]  # optimiser step -> d or range
+Contexts = Callable[[int, int], torch.Tensor]  # optimiser step, entries of the batch -> int64 [entries, C]
+
+
+def constant(d: int) -> Schedule:
+    """The same d in every step."""
+    return lambda step: d
+
+
+def stepped(stages: Sequence[tuple[int, int]]) -> Schedule:
+    """d from stages (first step, d): [(0, 2), (450_000, 64)] is the paper's 2 → 64. Raises LcxError unless sorted from 0."""
+    starts = [start for start, _ in stages]
+    if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+        raise LcxError(f"stages must start at step 0 and be in order, got the starts {starts}")
+    return lambda step: next(d for start, d in reversed(stages) if step >= start)
+
+
+def sampled(choices: Sequence[int], seed: int = 0) -> Schedule:
+    """One of `choices` in each step, drawn evenly; (2, 128) is the paper's fine-tuning. The same step draws the same again."""
+    if not choices:
+        raise LcxError("choices is empty: give at least one d")
+
+    def draw(step: int) -> int:
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        return choices[int(torch.randint(len(choices), (1,), generator=g))]
+
+    return draw
+
+
+def lanes(d: Schedule) -> Contexts:
+    """Contexts of a batch of previous chunks followed by current chunks (the paper's small models): see lane_contexts."""
+    return lambda step, entries: lane_contexts(entries // 2, min(d(step), entries // 2))
+
+
+def packs(chunks_per_doc: int, context_range: Schedule, stepping: bool = True) -> Contexts:
+    """Contexts of a batch of documents of `chunks_per_doc` chunks each (LongLLaMA): see crossbatch_schedule."""
+
+    def contexts(step: int, entries: int) -> torch.Tensor:
+        schedule = crossbatch_schedule(chunks_per_doc, context_range(step), stepping)
+        return crossbatch_contexts(schedule, entries)
+
+    return contexts
+
+
+def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Join items into one batch. An item is one row [S] or several [rows, S]; its rows stay together."""
+    return {key: torch.cat([torch.atleast_2d(item[key]) for item in items]) for key in items[0]}
+
+
+class Documents(torch.utils.data.Dataset):
+    """Token lists cut into items of `chunks_per_doc` chunks: input_ids and labels, int64 [chunks_per_doc, chunk].
+
+    Documents are joined in their order, each with bos before and eos after it where the tokenizer has them, and cut
+    where an item is full, so nothing is padded (a short document shares an item with the next). The target of a chunk's
+    last token is the first of the next chunk: labels come shifted, under shift_labels.
+
+    Raises LcxError if the text is shorter than one item.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Sequence[int]],
+        chunk: int,
+        chunks_per_doc: int,
+        bos: int | None = None,
+        eos: int | None = None,
+    ):
+        marks = ([bos] if bos is not None else []), ([eos] if eos is not None else [])
+        tokens = torch.tensor(
+            [t for doc in documents for t in (*marks[0], *doc, *marks[1])], dtype=torch.int64
+        )
+        size = chunk * chunks_per_doc
+        if len(tokens) <= size:
+            raise LcxError(
+                f"the text has {len(tokens)} tokens, one item needs {size + 1}: use more text, shorter or fewer chunks"
+            )
+        count = (len(tokens) - 1) // size
+        self.inputs = tokens[: count * size].view(count, chunks_per_doc, chunk)
+        targets = tokens[1 : count * size + 1].clone()
+        if bos is not None:
+            targets[targets == bos] = -100  # nobody is asked to predict where a document starts
+        self.targets = targets.view_as(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        # Trainer counts the targets in `labels`, the loss is taken on shift_labels.
+        return {"input_ids": self.inputs[i], "labels": self.targets[i], "shift_labels": self.targets[i]}
+
+
+class CrossBatchTrainer(Trainer):
+    """Trainer for a model inside FocusedAttention: every batch goes to the model with the contexts of the current step.
+
+    contexts: step, entries -> int64 [entries, C], from `lanes` or `packs`. With in_order the dataset is read from
+    start to end, for data that change as training goes on.
+    """
+
+    def __init__(self, *args: Any, contexts: Contexts, in_order: bool = False, **kwargs: Any):
+        self.contexts, self.in_order = contexts, in_order
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        table = self.contexts(self.state.global_step, len(inputs["input_ids"]))
+        return super().compute_loss(
+            model, {**inputs, "contexts": table.to(inputs["input_ids"].device)}, *args, **kwargs
+        )
+
+    def _get_train_sampler(self, *args):
+        if self.in_order:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(*args)
