@@ -75,7 +75,7 @@ class FocusedAttention:
 
     def _checked(self, config) -> FocusedAttention:
         layers, longest = tuple(self.memory_layers), config.max_position_embeddings
-        window = self.window or longest
+        window = longest if self.window is None else self.window
         last = window if self.last_context is None else self.last_context
         if len(set(layers)) < len(layers) or any(not 0 <= i < config.num_hidden_layers for i in layers):
             raise LcxError(
@@ -124,14 +124,17 @@ class Focused:
     def __init__(self, settings: FocusedAttention, model):
         self.settings, self.model = settings, model
         self._forward = model.forward
+        self._new_memory()  # says now what is wrong with the settings
         self._masses: dict[int, torch.Tensor] | None = None
 
     def new_cache(self) -> FocusedCache:
         """An empty cache with an empty memory. Pass it as past_key_values."""
         return FocusedCache.upgrade(FocusedCache(), self._new_memory())
 
-    def _new_memory(self) -> Memory:
+    def _new_memory(self) -> Memory | None:
         s = self.settings
+        if not s.memory_layers:
+            return None
         options = dict(tier=s.tier, dtype=s.dtype, max_tokens=s.max_tokens, top_k=s.top_k, lookup=s.lookup)
         return Memory(s.memory_layers, **options, folder=s.folder)
 
@@ -142,9 +145,9 @@ class Focused:
         state: add to this memory instead of a new one. Use the result for many questions through `.fork()`:
         `model.generate(question, past_key_values=state.fork())`.
         """
-        self._need_layers()
+        self.need_layers()
         state = state or self.new_cache()
-        state.make_room(self.settings, None)
+        state.make_room(self, None)
         real = _real(input_ids, attention_mask)
         pieces, _ = split(real, self.settings.window, 0)
         for piece in pieces:
@@ -230,7 +233,7 @@ class Focused:
         pieces, last = split(real, self.settings.window, self.settings.last_context)
         pieces = [*pieces, last]
         if len(pieces) > 1:
-            self._need_layers()
+            self.need_layers()
         width = max(p.columns.shape[1] for p in pieces)
         joined = Piece.stack([p.widen(width) for p in pieces])  # entry w * B + b is window w of row b
         B, count = len(inputs), len(pieces)
@@ -248,9 +251,9 @@ class Focused:
         s = self.settings
         pieces, last = split(real, s.window, s.last_context)
         if pieces:
-            self._need_layers()
+            self.need_layers()
         too_long = real.sum(1) > s.last_context
-        cache.make_room(s, torch.where(too_long, s.window + 1, real.sum(1)))
+        cache.make_room(self, torch.where(too_long, s.window + 1, real.sum(1)))
         parts = []
         for piece in pieces:
             wanted = bool((columns[piece.columns.clamp(min=0)] >= 0)[piece.real].any())
@@ -258,6 +261,7 @@ class Focused:
             if wanted:
                 parts.append((piece, hidden))
         positions = cache.extend(last.real)
+        cache.seen += inputs.shape[1]
         cos, sin = self._rotation(cache.local_positions(), inputs)
         job = _Window(cache.memory, cache.mask, cos, sin, {}, None)
         with cache.local():
@@ -278,7 +282,6 @@ class Focused:
         except _Enough:
             pass
         cache.memory.append(job.pending, piece.real)
-        cache.seen += piece.real.shape[1]
         return hidden
 
     def _decoder(self, inputs, piece: Piece, job, attention_mask, positions, cache=None):
@@ -296,7 +299,8 @@ class Focused:
         like = torch.empty(0, dtype=self.model.dtype, device=inputs.device)
         return self.model.model.rotary_emb(like, positions)
 
-    def _need_layers(self) -> None:
+    def need_layers(self) -> None:
+        """Raise LcxError if there is no memory layer: what leaves the window would be forgotten without a word."""
         if not self.settings.memory_layers:
             raise LcxError(
                 "without memory_layers everything before the last window would be forgotten: "

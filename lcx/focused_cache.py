@@ -17,18 +17,18 @@ from .memory import Memory
 class FocusedCache(DynamicCache):
     """Local keys and values (un-rotated in memory layers), which of them exist in each row, and the memory.
 
-    memory: lcx.memory.Memory. mask: bool [B, L], the local tokens that exist. next_position: int64 [B], the position
+    memory: lcx.memory.Memory, None without memory layers. mask: bool [B, L], the local tokens that exist. next_position: int64 [B], the position
     of the next token in the layers without memory. seen: tokens of this conversation so far, without what `remember`
     had put into the memory of a forked cache.
     """
 
-    memory: Memory
+    memory: Memory | None
     mask: torch.Tensor | None
     next_position: torch.Tensor | None
     seen: int
 
     @classmethod
-    def upgrade(cls, cache: DynamicCache, memory: Memory | Callable[[], Memory]) -> FocusedCache:
+    def upgrade(cls, cache: DynamicCache, memory: Memory | Callable | None) -> FocusedCache:
         """Turn an empty cache into one with a memory, in place: generate and users hold on to the object they passed.
 
         Raises LcxError for a cache of another kind or one that was filled outside FocusedAttention.
@@ -41,7 +41,7 @@ class FocusedCache(DynamicCache):
             )
         DynamicCache.__init__(cache)  # plain layers: the windows are ours
         cache.__class__ = cls
-        cache.memory = memory if isinstance(memory, Memory) else memory()
+        cache.memory = memory() if callable(memory) else memory
         cache.mask = cache.next_position = None
         cache.seen, cache._inside = 0, False
         return cache
@@ -77,22 +77,23 @@ class FocusedCache(DynamicCache):
         positions = self.next_position[:, None] + (real.cumsum(1) - 1).clamp(min=0)
         self.next_position = self.next_position + real.sum(1)
         self.mask = torch.cat([self.mask, real], 1)
-        self.seen += real.shape[1]
         return positions
 
-    def make_room(self, settings, new: torch.Tensor | None) -> None:
+    def make_room(self, focused, new: torch.Tensor | None) -> None:
         """Move local tokens into memory in the rows whose window would overflow by `new` [B] tokens (None: all rows).
 
         flush: everything local leaves. roll: the oldest, as many as needed. Layers without memory drop them.
         """
         if self.mask is None or not self.mask.shape[1]:
             return
+        settings = focused.settings
         count = self.mask.sum(1)
         if new is None:
             new = torch.full_like(count, settings.window + 1)
         excess = count + new - settings.window
         if not bool((excess > 0).any()):
             return
+        focused.need_layers()
         if settings.overflow == "flush":
             leaving = self.mask & (excess > 0)[:, None]
             self.next_position = torch.where(excess > 0, 0, self.next_position)
@@ -104,8 +105,7 @@ class FocusedCache(DynamicCache):
         for i in settings.memory_layers:
             k, v = self.layers[i].keys, self.layers[i].values
             entries[i] = k[:, :, span], v[:, :, span]
-        if entries:
-            self.memory.append(entries, leaving[:, span])
+        self.memory.append(entries, leaving[:, span])
         self.mask = self.mask & ~leaving
         left = self.mask.any(0).nonzero()[:, 0]
         first = int(left[0]) if len(left) else self.mask.shape[1]
@@ -117,8 +117,7 @@ class FocusedCache(DynamicCache):
         """A cache that starts with all this one holds. The memory is shared, not copied; neither sees later tokens of the other."""
         twin = copy.copy(self)
         twin.layers = [copy.copy(layer) for layer in self.layers]
-        twin.memory = self.memory.fork()
-        twin.seen = super().get_seq_length()
+        twin.memory = self.memory and self.memory.fork()
         return twin
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

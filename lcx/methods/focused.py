@@ -52,10 +52,10 @@ def crossbatch_schedule(
 def crossbatch_contexts(schedule: Sequence[tuple[int, int]], batch: int) -> torch.Tensor:
     """Which entries each entry of a batch sees besides itself: int64 [batch, C], -1 where there is none.
 
-    Entry b is chunk b % len(schedule) of document b // len(schedule). Its positives are the chunks right before it.
-    Its negatives are the last chunks of the documents before it, counted backwards and around the end of the batch; chunks of its own
-    document never come as negatives, so that no entry sees its own future. If the batch holds fewer other chunks
-    than asked for, all of them are taken.
+    Entry b is chunk b % len(schedule) of document b // len(schedule). Its positives are the chunks right before it. Its
+    negatives are the entries before its document, nearest first; where the batch starts there are fewer of them than asked for.
+    Looking around the end of the batch instead would leak: with two memory layers an entry would see a document that
+    has seen the entry's own future.
 
     Raises LcxError if the batch is not a multiple of the schedule, or a chunk should see more positives than it has.
     """
@@ -73,7 +73,7 @@ def crossbatch_contexts(schedule: Sequence[tuple[int, int]], batch: int) -> torc
             )
         first = entry - chunk
         own = [entry - 1 - i for i in range(positives)]
-        others = [(first - 1 - i) % batch for i in range(min(negatives, batch - chunks))]
+        others = [first - 1 - i for i in range(min(negatives, first))]
         rows.append(own + others)
     return _table(rows)
 

@@ -10,8 +10,14 @@ import math
 import torch
 
 
-def reference_logits(model, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-    """float64 logits [T, V] of one sequence ids [T] at positions [T] (default 0, 1, 2, …)."""
+def reference_logits(
+    model, ids: torch.Tensor, positions: torch.Tensor | None = None, memory: dict[int, list] | None = None
+) -> torch.Tensor:
+    """float64 logits [T, V] of one sequence ids [T] at positions [T] (default 0, 1, 2, …).
+
+    memory: layer -> un-rotated (key, value) pairs [Hkv, D], one per remembered token; those layers attend to them as well and
+    then add their own.
+    """
     w = {name: p.detach().double() for name, p in model.state_dict().items()}
     c = model.config
     positions = torch.arange(len(ids)) if positions is None else positions
@@ -22,7 +28,8 @@ def reference_logits(model, ids: torch.Tensor, positions: torch.Tensor | None = 
             for k, v in w.items()
             if k.startswith(f"model.layers.{i}.")
         }
-        x = x + _attention(layer, c, _norm(x, layer["input_layernorm.weight"], c), positions)
+        h = _norm(x, layer["input_layernorm.weight"], c)
+        x = x + _attention(layer, c, h, positions, None if memory is None else memory.get(i))
         h = _norm(x, layer["post_attention_layernorm.weight"], c)
         gate = h @ layer["mlp.gate_proj.weight"].T
         x = (
@@ -34,11 +41,17 @@ def reference_logits(model, ids: torch.Tensor, positions: torch.Tensor | None = 
     return _norm(x, w["model.norm.weight"], c) @ head.T
 
 
+def reference_windows(model, ids: torch.Tensor, window: int, memory_layers) -> torch.Tensor:
+    """Focused Transformer by its definition: windows one after the other, each with positions from 0, and a memory."""
+    memory = {i: [] for i in memory_layers}
+    return torch.cat([reference_logits(model, part, memory=memory) for part in ids.split(window)])
+
+
 def _norm(x, weight, c):
     return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + c.rms_norm_eps)
 
 
-def _attention(w, c, x, positions):
+def _attention(w, c, x, positions, memory=None):
     d, group = c.head_dim, c.num_attention_heads // c.num_key_value_heads
 
     def heads(name):
@@ -47,15 +60,21 @@ def _attention(w, c, x, positions):
         scale = w.get(f"self_attn.{name}_norm.weight")
         return y if scale is None else _norm(y, scale, c)
 
-    q, k, v = _rotate(heads("q"), positions, c), _rotate(heads("k"), positions, c), heads("v")
+    q, raw, v = _rotate(heads("q"), positions, c), heads("k"), heads("v")
+    k, past = _rotate(raw, positions, c), list(memory or [])
     rows = []
     for t in range(len(x)):
         per_head = []
         for h in range(c.num_attention_heads):
-            scores = k[: t + 1, h // group] @ q[t, h] / math.sqrt(d)
+            kv = h // group
+            keys = torch.stack([*[key[kv] for key, _ in past], *k[: t + 1, kv]])
+            values = torch.stack([*[value[kv] for _, value in past], *v[: t + 1, kv]])
+            scores = keys @ q[t, h] / math.sqrt(d)
             e = torch.exp(scores - scores.max())
-            per_head.append((e / e.sum()) @ v[: t + 1, h // group])
+            per_head.append((e / e.sum()) @ values)
         rows.append(torch.cat(per_head))
+    if memory is not None:
+        memory += zip(raw, v, strict=True)
     return torch.stack(rows) @ w["self_attn.o_proj.weight"].T
 
 
