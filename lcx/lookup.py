@@ -57,16 +57,11 @@ def top_k(memory, layer: int, q: Tensor, scale: float, approximate: bool) -> tup
     q, k = q.to(dtype) * scale, min(memory.top_k, len(memory))
     best = q.new_full((*q.shape[:3], k), float("-inf")), q.new_zeros((*q.shape[:3], k), dtype=torch.long)
 
-    def keep(scores: Tensor, slots: Tensor) -> None:
-        nonlocal best
-        scores = torch.cat([best[0], scores], -1)
-        scores, at = scores.topk(k, -1)
-        best = scores, torch.cat([best[1], slots], -1).gather(-1, at)
-
+    waiting = []  # one topk over many tiles is far faster than one per tile
     exact = []
     for first, segment in numbered(memory):
         if approximate and segment.stop == memory.page_tokens:
-            keep(*search(segment, layer, q, k, first))
+            best = keep_best(best, *search(segment, layer, q, k, first))
         else:
             exact.append((first, segment))
     for kv, mask, first in tiles(memory, layer, q, slice(0, 1), exact):
@@ -74,9 +69,21 @@ def top_k(memory, layer: int, q: Tensor, scale: float, approximate: bool) -> tup
         scores = torch.einsum("bhgtd,bhsd->bhgts", grouped, kv[0].to(dtype)).flatten(1, 2)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        scores, slots = scores.topk(min(k, scores.shape[-1]), -1)
-        keep(scores, slots + first)
+        waiting.append((scores, torch.arange(first, first + scores.shape[-1], device=q.device)))
+        if sum(scores.numel() for scores, _ in waiting) >= SCORES:
+            best, waiting = keep_best(best, *(torch.cat(x, -1) for x in zip(*waiting, strict=True))), []
+    if waiting:
+        best = keep_best(best, *(torch.cat(x, -1) for x in zip(*waiting, strict=True)))
     return best
+
+
+def keep_best(best: tuple[Tensor, Tensor], scores: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The k best of `best` (scores and slots, [..., k]) and of more scores [..., n] of slots [..., n] or [n]."""
+    k = best[0].shape[-1]
+    scores, at = torch.cat([best[0], scores], -1).topk(k, -1, sorted=False)
+    new = (at - k).clamp_min(0)
+    slots = slots[new] if slots.dim() == 1 else slots.gather(-1, new)
+    return scores, torch.where(at < k, best[1].gather(-1, at.clamp_max(k - 1)), slots)
 
 
 def attend_slots(memory, layer: int, scores: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,10 +163,10 @@ def lookup_error(memory, layer: int, q: Tensor, scale: float) -> dict[str, float
 
     recall: the share of the exact top k that it finds. error, exact_error: relative error of the output of this
     lookup, and of exact top-k, against attention to the whole memory: |out - dense| / |dense| over all queries.
-    Raises LcxError if the memory has no top_k.
+    Raises LcxError if the memory has no top_k or is empty.
     """
-    if memory.top_k is None:
-        raise LcxError("this memory attends to every slot: give it a top_k to measure what a lookup misses")
+    if memory.top_k is None or not len(memory):
+        raise LcxError("nothing to measure: give the memory a top_k, and store something in it")
     dense, _ = memory.dense(layer, q, scale)
     exact = top_k(memory, layer, q, scale, approximate=False)
     found = top_k(memory, layer, q, scale, memory.lookup == "faiss")

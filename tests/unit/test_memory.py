@@ -568,6 +568,6 @@ def test_bad_queries_and_rows():
             memory.attend(layer, q, SCALE)
     with pytest.raises(LcxError, match="of a memory of 2 rows"):
         memory.select(torch.tensor([0, 2]))
-    exact = filled(*PIECES)
-    with pytest.raises(LcxError, match="give it a top_k"):
-        lookup.lookup_error(exact, 1, QUERIES, SCALE)
+    for unfit in (memory, Memory((1,), top_k=2)):
+        with pytest.raises(LcxError, match="give the memory a top_k, and store something"):
+            lookup.lookup_error(unfit, 1, QUERIES, SCALE)
