@@ -24,8 +24,11 @@ from ..errors import LcxError
 registry: dict[str, Callable] = {}
 
 
-def measurement(name: str, *, model: str, seed: int = 0) -> Callable:
-    """Register a function (model, tokenizer) -> dict as the measurement `name` on `lcx.load(model)`."""
+def measurement(name: str, *, model: str | None, seed: int = 0) -> Callable:
+    """Register a function (model, tokenizer) -> dict as the measurement `name` on `lcx.load(model)`.
+
+    With model None it is called without arguments, and with gradients: it makes its own models.
+    """
 
     def register(function: Callable) -> Callable:
         function.model, function.seed = model, seed
@@ -52,14 +55,15 @@ def run(name: str) -> Path:
     if name not in registry:
         raise LcxError(f"no measurement {name!r}: have {', '.join(sorted(registry))}")
     function = registry[name]
-    model, tokenizer = load(function.model)
-    with torch.inference_mode():
-        data = function(model, tokenizer)
+    if function.model is None:
+        about, data = {}, function()
+    else:
+        model, tokenizer = load(function.model)
+        about = {"model": function.model, "source": model.lcx_source}
+        with torch.inference_mode():
+            data = function(model, tokenizer)
     made = made_by(f"lcx measure {name}", function.seed)
-    return write_json(
-        results_dir() / f"{name}.json",
-        {"made_by": made, "model": function.model, "source": model.lcx_source, **data},
-    )
+    return write_json(results_dir() / f"{name}.json", {"made_by": made, **about, **data})
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -73,7 +73,8 @@ def _stopper(recipe: Recipe):
     return StopAtAccuracy()
 
 
-def _trainer(recipe: Recipe, model, tokenizer, work: Path, seed: int, steps: int):
+def make_trainer(recipe: Recipe, model, tokenizer, work: Path, seed: int, steps: int):
+    """The Trainer of a recipe, a CrossBatchTrainer if the recipe says who sees whom. Checkpoints go to `work`."""
     import torch
     from transformers import Trainer, TrainingArguments
 
@@ -128,7 +129,7 @@ def run(recipe: Recipe, out: Path, seed: int, steps: int | None) -> dict[str, An
         special = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**{**recipe.config, **special}))
-        trainer = _trainer(recipe, model, tokenizer, work, seed, steps)
+        trainer = make_trainer(recipe, model, tokenizer, work, seed, steps)
         resumed, before = last_checkpoint(work), time.time()
         with FocusedAttention.of(model)(model) if recipe.contexts else nullcontext():
             trainer.train(resume_from_checkpoint=resumed)
