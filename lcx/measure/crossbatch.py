@@ -39,9 +39,9 @@ VARIANTS = {
     "differentiable": Variant(8, STEPS),
     "detached": Variant(8, STEPS, detached=True),
     # These three differ in d alone, and so do the two below them.
-    "retrofit d=2": Variant(2, 300, retrofit=True),
-    "retrofit d=8": Variant(8, 300, retrofit=True),
-    "retrofit d=32": Variant(32, 300, retrofit=True),
+    "retrofit d=2": Variant(2, 300, retrofit=True, seeds=(0,)),
+    "retrofit d=8": Variant(8, 300, retrofit=True, seeds=(0,)),
+    "retrofit d=32": Variant(32, 300, retrofit=True, seeds=(0,)),
     "short retrofit d=2": Variant(2, 200, learning_rate=1e-3, retrofit=True, seeds=(0,)),
     "short retrofit d=8": Variant(8, 200, learning_rate=1e-3, retrofit=True, seeds=(0,)),
 }
@@ -241,10 +241,12 @@ def ablations() -> dict[str, Any]:
                 model = _base(seed).eval()
                 parts[key] = {"figures": _rounded({str(d): topic.measure(model, d) for d in (0, *IN_MEMORY)})}
                 write_json(file, parts)
+    order = [*VARIANTS, "base"]
     rows = [
-        {"variant": k.rsplit(", seed ", 1)[0], "seed": int(k.rsplit(" ", 1)[1]), **p}
-        for k, p in parts.items()
+        {"variant": key.rsplit(", seed ", 1)[0], "seed": int(key.rsplit(" ", 1)[1]), **what}
+        for key, what in parts.items()
     ]
+    rows.sort(key=lambda row: (order.index(row["variant"]), row["seed"]))
     keys = next(r.pop("key_space") for r in rows if "key_space" in r)
     settings = {
         name: {"d": v.d, "steps": v.steps, "learning_rate": v.learning_rate, "retrofit": v.retrofit}
