@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import LcxError
@@ -113,7 +114,9 @@ def crossbatch_attention(
 
     Returns the output [B, H, S, D]; with return_mass also the share of the softmax that went to the window and to
     each context, [B, H, S, 1 + C]. Gradients reach the keys and values of positives and negatives alike (paper, section 3.2).
-    Scores live for `block` context keys at a time: the backward pass computes them again.
+    Scores live for `block` context keys at a time: the backward pass computes them again. Where no mask and no mass is
+    asked for, torch's fused kernel does the same on keys copied next to each other, about twice as fast on a CPU; float64
+    always takes the way shown here.
 
     Raises LcxError if contexts names an entry that the batch does not have.
     """
@@ -125,6 +128,8 @@ def crossbatch_attention(
     scale = D**-0.5 if scale is None else scale
     k_memory = k if k_memory is None else k_memory
     contexts = contexts.to(q.device)
+    if mask is None and not return_mass and q.dtype != torch.float64:
+        return _fused(q, k, v, contexts, k_memory, scale)
     real = torch.ones(B, S, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
 
     causal = torch.ones(S, S, dtype=torch.bool, device=q.device).tril() & real[:, None, None, :]
@@ -151,6 +156,31 @@ def crossbatch_attention(
         out, lse = out.index_copy(0, rows, joined[0].to(out.dtype)), lse.index_copy(0, rows, joined[1])
     if return_mass:
         return out, torch.stack(pieces, -1).softmax(-1)
+    return out
+
+
+def _fused(q, k, v, contexts, k_memory, scale):
+    """The same by scaled_dot_product_attention, which holds no scores, on a copy of all keys that an entry sees."""
+    S, out = q.shape[2], torch.empty_like(q)
+    gqa = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    alone = (contexts < 0).all(1)
+    parts = [(alone.nonzero()[:, 0], None), ((~alone).nonzero()[:, 0], contexts[~alone])]
+    for rows, seen in parts:
+        if not len(rows):
+            continue
+        if seen is None:
+            part = scaled_dot_product_attention(q[rows], k[rows], v[rows], is_causal=True, **gqa)
+        else:
+            keys, values = (
+                torch.cat([own[rows], other[seen].transpose(1, 2).flatten(2, 3)], 2)
+                for own, other in ((k, k_memory), (v, v))
+            )
+            window = torch.ones(S, S, dtype=torch.bool, device=q.device).tril().expand(len(rows), 1, S, S)
+            others = (seen >= 0).repeat_interleave(S, 1)[:, None, None].expand(-1, 1, S, -1)
+            part = scaled_dot_product_attention(
+                q[rows], keys, values, attn_mask=torch.cat([window, others], -1), **gqa
+            )
+        out = out.index_copy(0, rows, part)
     return out
 
 

@@ -19,44 +19,52 @@ RECORD = 2 * KEY + 2
 
 
 def dictionary(
-    documents: int, chunk: int, generator: torch.Generator | None = None
+    documents: int, chunk: int, keys: int | None = None, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Make documents of two chunks. Returns (input_ids, labels), both int64 [documents, 2, chunk].
 
-    Each chunk is BOS, then as many records as fit, then BOS to fill it up: definitions in the first, questions about them in
-    another order in the second. No key stands twice among all documents of one call. labels equal input_ids on the values of the
-    questions and are -100 elsewhere; they are not shifted (transformers shifts them itself).
+    Each chunk is BOS, then as many records as fit, then BOS to fill it up: definitions in the first, questions about
+    them in another order in the second. keys: different keys in a document (default: as many as records fit); with fewer,
+    definitions and questions repeat, which is where learning starts. No key is used by two documents of one call. labels equal input_ids on the values of the
+    questions (where a question repeats, of the first) and are -100 elsewhere; they are not shifted (transformers shifts them itself).
     generator: a torch.Generator on the CPU; None takes a new one with seed 0. No global state is read or changed.
 
-    Raises LcxError if no record fits into a chunk or there are not as many keys.
+    Raises LcxError if no record fits into a chunk, if `keys` do not fit, or if there are not as many keys.
     """
     records = (chunk - 1) // RECORD
     if documents < 1 or records < 1:
         raise LcxError(f"chunk {chunk} is too short for a record: use at least {RECORD + 1} tokens")
+    keys = records if keys is None else keys
+    if not 1 <= keys <= records:
+        raise LcxError(f"{keys} keys do not fit: a chunk of {chunk} tokens holds 1 to {records}")
     keys_there_are = len(CONTENT) ** KEY
-    if documents * records > keys_there_are // 4:
+    if documents * keys > keys_there_are // 4:
         raise LcxError(
-            f"{documents} documents need {documents * records} keys, use at most {keys_there_are // 4}"
+            f"{documents} documents need {documents * keys} keys, use at most {keys_there_are // 4}"
         )
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    wanted = documents * records
+    wanted = documents * keys
     # Draw more than are wanted and leave out what came twice: much cheaper than a permutation of all keys.
     numbers = torch.randint(keys_there_are, (2 * wanted,), generator=generator).unique()
     numbers = numbers[torch.rand(len(numbers), generator=generator).argsort()][:wanted]
     places = len(CONTENT) ** torch.arange(KEY)
-    keys = (CONTENT.start + numbers[:, None] // places % len(CONTENT)).view(documents, records, KEY)
-    values = torch.randint(CONTENT.start, CONTENT.stop, keys.shape, generator=generator)
-    order = torch.rand(documents, records, generator=generator).argsort(1)[..., None].expand_as(keys)
+    key = (CONTENT.start + numbers[:, None] // places % len(CONTENT)).view(documents, keys, KEY)
+    value = torch.randint(CONTENT.start, CONTENT.stop, key.shape, generator=generator)
+    which = (
+        torch.arange(records).expand(documents, records) % keys
+    )  # repeats, if there are fewer keys than records
+    asked = which.gather(1, torch.rand(documents, records, generator=generator).argsort(1))
 
     input_ids = torch.full((documents, 2, chunk), BOS)
     labels = torch.full_like(input_ids, -100)
-    for half, (mark, k, v) in enumerate(
-        [(DEFINE, keys, values), (ASK, keys.gather(1, order), values.gather(1, order))]
-    ):
+    for half, (mark, chosen) in enumerate([(DEFINE, which), (ASK, asked)]):
+        pick = chosen[..., None].expand(-1, -1, KEY)
         marks = [torch.full((documents, records, 1), m) for m in (mark, VALUE)]
-        body = torch.cat([marks[0], k, marks[1], v], -1).flatten(1)
+        body = torch.cat([marks[0], key.gather(1, pick), marks[1], value.gather(1, pick)], -1).flatten(1)
         input_ids[:, half, 1 : 1 + body.shape[1]] = body
+    # A question asked before in the same chunk could be answered from there, so only the first is scored.
+    again = (asked[:, :, None] == asked[:, None, :]).tril(-1).any(-1)[..., None]
     scored = labels[:, 1, 1 : 1 + records * RECORD].view(documents, records, RECORD)
-    scored[..., -KEY:] = values.gather(1, order)
+    scored[..., -KEY:] = value.gather(1, asked[..., None].expand(-1, -1, KEY)).masked_fill(again, -100)
     return input_ids, labels

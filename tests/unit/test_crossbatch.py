@@ -67,6 +67,19 @@ def test_equals_the_definition(name, block):
     assert_close(mass[rows], shares[rows], atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_fused_kernel_gives_the_same_output_and_gradients(name):
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [t.to(dtype).requires_grad_() for t in tensors(3)]
+        q, k, v, raw = leaves
+        out = lcx.crossbatch_attention(q, k, v, CONTEXTS[name], k_memory=raw)
+        out.pow(2).sum().backward()
+        results.append([out.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in leaves)])
+    for exact, fast in zip(*results, strict=True):
+        assert_close(fast.double(), exact, atol=2e-5, rtol=1e-5)
+
+
 def test_gradients_reach_negatives_and_equal_finite_differences():
     q, k, v, raw = (t.requires_grad_() for t in tensors(1))
     contexts = lcx.lane_contexts(3, 2)  # entry 3 sees entries 0 (own) and 1 (another document)
