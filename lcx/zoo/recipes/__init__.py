@@ -15,7 +15,8 @@ class Recipe:
     tokenizer(): a fresh transformers tokenizer. data(tokenizer, seed, examples): (train, heldout) datasets of
     {"input_ids", "labels"}. score(model, tokenizer): the held-out figures, "loss" in nats per scored token first
     among them. baselines(tokenizer): figures for the card that do not depend on the model. stop_accuracy: stop once
-    the held-out accuracy reaches this, looking every eval_steps steps.
+    the held-out accuracy reaches this, looking every eval_steps steps. contexts: step, entries of the batch -> who sees
+    whom (lcx.train); then items are read in order, and config holds the memory fields of FocusedAttention.of.
     """
 
     name: str
@@ -30,12 +31,20 @@ class Recipe:
     score: Callable[[Any, Any], dict[str, Any]]
     baselines: Callable[[Any], dict[str, Any]] | None = None
     stop_accuracy: float | None = None
+    contexts: Callable[[int, int], Any] | None = None
     eval_steps: int = 50
     save_steps: int = 100
 
 
 def recipes() -> dict[str, Recipe]:
     """All recipes by name, in the order in which the book needs them."""
-    from . import lm_256, needle_64
+    from . import lm_256, needle_64, topic
 
-    return {r.name: r for r in (lm_256.RECIPE, needle_64.RECIPE)}
+    return {
+        r.name: r
+        for r in (
+            lm_256.RECIPE,
+            needle_64.RECIPE,
+            *topic.RECIPES,
+        )
+    }
