@@ -42,6 +42,7 @@ _MODULES = (
     "errors",
     "exercises",
     "figures",
+    "longllama",
     "methods",
     "models",
     "plan",

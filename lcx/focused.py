@@ -161,7 +161,8 @@ class Focused:
     def load(self, path: str | Path) -> FocusedCache:
         """A cache with a memory written by `save`. Raises LcxError if another model made it."""
         made_by = fingerprint(self.model, self.settings.memory_layers)
-        return FocusedCache.upgrade(FocusedCache(), Memory.load(path, made_by))
+        memory = Memory.load(path, made_by, device=self.model.device)
+        return FocusedCache.upgrade(FocusedCache(), memory)
 
     @contextmanager
     def recording(self) -> Iterator[dict[int, torch.Tensor]]:
