@@ -90,7 +90,7 @@ def curves(
     fig.update_yaxes(gridcolor=GRID)
     fig.update_xaxes(title="training step", row=2, col=1)
     fig.update_yaxes(title="loss (nats per token)", row=1, col=1)
-    fig.update_yaxes(title=f"positive share r, d = {d}", range=[0, 1.02], row=2, col=1)
+    fig.update_yaxes(title=f"positive share r, d = {d}", rangemode="tozero", row=2, col=1)
     return fig
 
 
@@ -154,7 +154,7 @@ def key_space(snapshots: Sequence[Mapping[str, Any]], r: Mapping[int, float]) ->
         s = by_step[step]
         own, others = s["keys"][0], [p for doc in s["keys"][1:] for p in doc]
         groups = (others, own, s["queries"])
-        title = f"first direction · step {step}, r at d = 8 is {r[step]:.2f}"
+        title = f"first direction · step {step}, r = {r[step]:.2f}"
         return {
             "data": [{"x": [p[0] for p in g], "y": [p[1] for p in g]} for g in groups],
             "layout": {"xaxis": {"title": {"text": title}}},
