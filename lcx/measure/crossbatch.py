@@ -14,7 +14,7 @@ from typing import Any
 from . import kept, measurement
 
 SEED = 0
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 STEPS = 500
 IN_MEMORY = (1, 2, 8, 32)  # documents in the memory when a model is scored
 PROBES = (0, 10, 25, 50, 75, 100, 150, 200, 300, 400, 500)  # steps at which r and loss are looked at
