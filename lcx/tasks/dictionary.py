@@ -24,9 +24,10 @@ def dictionary(
     """Make documents of two chunks. Returns (input_ids, labels), both int64 [documents, 2, chunk].
 
     Each chunk is BOS, then as many records as fit, then BOS to fill it up: definitions in the first, questions about
-    them in another order in the second. keys: different keys in a document (default: as many as records fit); with fewer,
-    definitions and questions repeat, which is where learning starts. No key is used by two documents of one call. labels equal input_ids on the values of the
-    questions (where a question repeats, of the first) and are -100 elsewhere; they are not shifted (transformers shifts them itself).
+    them in another order in the second. keys: different keys in a document (default: as many as records fit); with
+    fewer, definitions and questions repeat. No key is used by two documents of one call. labels equal input_ids on the
+    values of the questions (where a question repeats, of the first) and are -100 elsewhere; they are not shifted
+    (transformers shifts them itself).
     generator: a torch.Generator on the CPU; None takes a new one with seed 0. No global state is read or changed.
 
     Raises LcxError if no record fits into a chunk, if `keys` do not fit, or if there are not as many keys.
@@ -40,7 +41,7 @@ def dictionary(
     keys_there_are = len(CONTENT) ** KEY
     if documents * keys > keys_there_are // 4:
         raise LcxError(
-            f"{documents} documents need {documents * keys} keys, use at most {keys_there_are // 4}"
+            f"{documents} documents need {documents * keys} keys: use at most {keys_there_are // 4}"
         )
     if generator is None:
         generator = torch.Generator().manual_seed(0)
@@ -51,9 +52,7 @@ def dictionary(
     places = len(CONTENT) ** torch.arange(KEY)
     key = (CONTENT.start + numbers[:, None] // places % len(CONTENT)).view(documents, keys, KEY)
     value = torch.randint(CONTENT.start, CONTENT.stop, key.shape, generator=generator)
-    which = (
-        torch.arange(records).expand(documents, records) % keys
-    )  # repeats, if there are fewer keys than records
+    which = torch.arange(records).expand(documents, records) % keys
     asked = which.gather(1, torch.rand(documents, records, generator=generator).argsort(1))
 
     input_ids = torch.full((documents, 2, chunk), BOS)

@@ -11,8 +11,9 @@ import lcx
 from lcx import zoo
 from lcx.errors import CorruptFileError, LcxError, ModelNotFoundError
 from lcx.fetch import sha256
+from lcx.train import lanes, stepped
 from lcx.zoo import training
-from lcx.zoo.recipes import lm_256, needle_64
+from lcx.zoo.recipes import lm_256, needle_64, topic
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +54,35 @@ def test_needle_64_keeps_its_card():
     assert (
         figures["accuracy"] > 0.97 and figures["accuracy_at_128"] < 0.6 and figures["accuracy_at_512"] < 0.2
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in zoo.names() if zoo.recipe(n).contexts])
+def test_models_with_a_memory_keep_their_cards(name):
+    assert zoo.verify(name) == pytest.approx(zoo.card(name)["heldout"], abs=2e-3)
+    settings = lcx.FocusedAttention.of(lcx.load(name, device="cpu")[0])
+    config = zoo.recipe(name).config
+    assert (
+        list(settings.memory_layers) == config["mem_layers"]
+        and settings.window == config["max_position_embeddings"]
+    )
+    assert settings.memory_positions == config["mem_positionals"]
+
+
+def test_cards_show_what_negatives_are_for():
+    topics = {n: zoo.card(n)["heldout"] for n in ("topic-plain", "topic-d1", "topic-d8", "topic-d2-32")}
+    assert topics["topic-d8"]["r_at_8"] > 0.5 > 0.2 > topics["topic-d1"]["r_at_8"]
+    assert (
+        topics["topic-plain"]["r_at_8"] < 0.2
+        and topics["topic-d2-32"]["r_at_8"] > topics["topic-d8"]["r_at_8"]
+    )
+    assert topics["topic-d1"]["loss_at_8"] > topics["topic-d1"]["loss"] > topics["topic-d1"]["loss_at_1"]
+    assert topics["topic-d2-32"]["loss_at_32"] < topics["topic-d2-32"]["loss"]
+    needles = {
+        n: zoo.card(n)["heldout"] for n in ("needle-memory", "needle-memory-d1", "needle-memory-plain")
+    }
+    assert needles["needle-memory"]["accuracy_at_48"] > 0.99 > needles["needle-memory-d1"]["accuracy_at_48"]
+    assert needles["needle-memory-plain"]["accuracy"] < 0.05
 
 
 @pytest.mark.slow
@@ -146,6 +176,30 @@ def test_interrupted_training_resumes_to_the_same_weights(small, tmp_path):
     resumed = training.run(small, tmp_path / "resumed", seed=0, steps=10)
     assert resumed["sha256"] == whole["sha256"] and resumed["train_loss"] == whole["train_loss"]
     assert whole["seconds"] is not None and resumed["seconds"] is None and not work.exists()
+
+
+@pytest.mark.slow
+def test_interrupted_crossbatch_training_goes_on_in_order_with_the_contexts_of_its_step(tmp_path):
+    """The schedule is stepped, so that batches or contexts of other steps would give other weights."""
+    seen = []
+
+    class Interrupted(topic.Lanes):
+        def __getitem__(self, i):
+            seen.append(i)
+            if len(seen) > 6:
+                raise KeyboardInterrupt
+            return super().__getitem__(i)
+
+    recipe = dataclasses.replace(
+        topic.RECIPES[3], save_steps=4, contexts=lanes(stepped([(0, 1), (2, 2), (5, 4)]))
+    )
+    whole = training.run(recipe, tmp_path / "whole", seed=0, steps=7)
+    broken = dataclasses.replace(recipe, data=lambda tok, seed, n: (Interrupted(n, seed), None))
+    with pytest.raises(KeyboardInterrupt):
+        training.run(broken, tmp_path / "resumed", seed=0, steps=7)
+    assert seen[:6] == [*range(6)] and training.last_checkpoint(training.work_dir(recipe, 0, 7))
+    resumed = training.run(recipe, tmp_path / "resumed", seed=0, steps=7)
+    assert resumed["sha256"] == whole["sha256"]
 
 
 def test_a_changed_recipe_does_not_resume(small):
