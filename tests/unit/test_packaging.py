@@ -159,7 +159,8 @@ def test_documents_name_files_commands_and_targets_that_exist(name):
         assert re.search(rf"^{target}:", makefile, re.M), f"{name} says make {target}"
     from lcx.cli import app, zoo_app
 
-    known = {c.name or c.callback.__name__ for c in app.registered_commands} | {"zoo"}
+    known = {c.name or c.callback.__name__ for c in app.registered_commands}
+    known |= {group.name for group in app.registered_groups}
     for command in re.findall(r"`lcx ([a-z]+)", text) + re.findall(r"^lcx ([a-z]+)", text, re.M):
         assert command in known, f"{name} says lcx {command}"
     for command in re.findall(r"lcx zoo ([a-z]+)", text):
