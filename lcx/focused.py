@@ -333,8 +333,11 @@ class Focused:
             k, v = h.cache.update(k, v, h.layer)
         T, K = h.q.shape[2], k.shape[2]
         q, k = turned(h.q, job.cos[:, K - T :], job.sin[:, K - T :]), turned(k, job.cos, job.sin)
-        visible = torch.ones(T, K, dtype=torch.bool, device=k.device).tril(K - T) & job.mask[:, None, None, :]
-        parts = [attend(q, k, v, h.scale, visible)]
+        if T == K and job.mask.all():
+            parts = [attend(q, k, v, h.scale, causal=True)]
+        else:
+            causal = torch.ones(T, K, dtype=torch.bool, device=k.device).tril(K - T)
+            parts = [attend(q, k, v, h.scale, causal & job.mask[:, None, None, :])]
         if len(job.memory):
             parts.append(job.memory.attend(h.layer, q, h.scale))
         return merge(parts)[0]

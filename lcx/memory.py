@@ -19,19 +19,24 @@ from torch import Tensor
 from . import lookup as lookups
 from . import memory_file
 from .errors import LcxError
+from .fused import flash
 from .pages import TIERS, Segment, new_page
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over one tile of keys and values, with the log-sum-exp that `merge` needs.
 
     q [B, H, T, D]; k, v [B or 1, Hkv, S, D]; H is a multiple of Hkv, query head h reads head h // (H // Hkv).
-    mask: bool, broadcastable to [B, H, T, S], True = visible. Differentiable in q, k and v.
+    mask: bool, broadcastable to [B, H, T, S], True = visible; or causal, for T = S. Differentiable in q, k and v.
     Returns out [B, H, T, D] and lse [B, H, T], in float32 or, for float64 input, float64.
     A query that sees nothing gets out = 0 and lse = -inf.
     """
+    if mask is None and (done := flash(q, k, v, scale, causal)):
+        return done
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
     q = (
         q.to(dtype).unflatten(1, (k.shape[1], -1)) * scale

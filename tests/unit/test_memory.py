@@ -571,3 +571,29 @@ def test_bad_queries_and_rows():
     for unfit in (memory, Memory((1,), top_k=2)):
         with pytest.raises(LcxError, match="give the memory a top_k, and store something"):
             lookup.lookup_error(unfit, 1, QUERIES, SCALE)
+
+
+@pytest.mark.parametrize(("rows", "heads"), [(3, 4), (3, 2), (1, 4), (1, 1)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_fused_kernel_equals_the_formula(rows, heads, causal, stored):
+    g = torch.Generator().manual_seed(0)
+    T, S = 7, 7 if causal else 19
+    q = torch.randn(3, 4, T, 16, generator=g)
+    k, v = (torch.randn(rows, heads, S, 16, generator=g).to(stored) for _ in range(2))
+    visible = torch.ones(T, S, dtype=torch.bool).tril() if causal else torch.ones(T, S, dtype=torch.bool)
+    wanted = attend(q, k, v, 0.3, visible)  # with a mask the formula is used
+    got = attend(q, k, v, 0.3, causal=causal)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
+
+
+def test_fused_kernel_is_used_where_it_can_be():
+    from lcx.fused import flash
+
+    q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
+    assert flash(q, k, v, 1.0, False) is not None
+    assert flash(q.requires_grad_(), k, v, 1.0, False) is None, "no gradient flows through its log-sum-exp"
+    with torch.no_grad():
+        assert flash(q, k, v, 1.0, False) is not None
+    assert flash(q.double(), k.double(), v.double(), 1.0, False) is None
