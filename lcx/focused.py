@@ -19,9 +19,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention import Heads, attach, causal_lm, replaced
 from .errors import LcxError
 from .focused_cache import FocusedCache, fingerprint
-from .memory import Memory, attend, merge
+from .memory import Memory
 from .methods.focused import crossbatch_attention
 from .methods.rope import rotate
+from .softmax import attend, merge
 from .windows import Piece, collect, kept_columns, split
 
 OVERFLOW = ("flush", "roll")

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import LcxError
-from ..memory import attend, merge
+from ..softmax import attend, merge
 
 
 def crossbatch_schedule(
@@ -180,7 +180,7 @@ def _fused(q, k, v, contexts, k_memory, scale):
             part = scaled_dot_product_attention(
                 q[rows], keys, values, attn_mask=torch.cat([window, others], -1), **gqa
             )
-        out = out.index_copy(0, rows, part)
+        out = out.index_copy(0, rows, part.to(out.dtype))  # autocast may have made it bfloat16
     return out
 
 
@@ -206,4 +206,6 @@ def _wrong(contexts: torch.Tensor, batch: int) -> bool:
 
 def _table(rows: list[list[int]]) -> torch.Tensor:
     width = max(map(len, rows), default=0)
-    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64).view(-1, width)
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64).view(
+        len(rows), width
+    )

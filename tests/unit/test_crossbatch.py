@@ -149,6 +149,20 @@ def test_the_start_of_a_batch_has_fewer_negatives():
     ]
 
 
+def test_a_schedule_that_sees_nothing():
+    assert lcx.crossbatch_contexts([(0, 0), (0, 0)], 4).shape == (4, 0)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(B, S, dtype=torch.bool)], ids=["fused", "in blocks"])
+def test_under_autocast_the_softmax_stays_in_float32(mask):
+    tensors32 = [t.float() for t in tensors(4)]
+    q, k, v, raw = tensors32
+    exact = lcx.crossbatch_attention(q, k, v, CONTEXTS["lanes"], k_memory=raw, mask=mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = lcx.crossbatch_attention(q, k, v, CONTEXTS["lanes"], k_memory=raw, mask=mask)
+    assert_close(got.float(), exact, atol=0.05, rtol=0.05)
+
+
 def test_lanes_are_the_papers():
     assert lcx.lane_contexts(3, 2).tolist() == [[-1, -1]] * 3 + [[0, 1], [1, 2], [2, 0]]
 

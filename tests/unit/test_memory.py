@@ -589,7 +589,7 @@ def test_fused_kernel_equals_the_formula(rows, heads, causal, stored):
 
 
 def test_fused_kernel_is_used_where_it_can_be():
-    from lcx.fused import flash
+    from lcx.softmax import flash
 
     q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
     assert flash(q, k, v, 1.0, False) is not None
