@@ -8,16 +8,24 @@ softmax over [local, memory] with all scores at once, all layers for every windo
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from . import measurement
 
 LENGTH, WINDOW, LAYERS = 16384, 1024, (2, 4, 6)
-REPEATS = 3
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
+REPEATS = 2
 FULL = (16384, 32768, 65536, 131072, 262144)  # slots in a memory when one more window is added
 
 
@@ -28,15 +36,7 @@ def random_model():
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=32000,
-            hidden_size=512,
-            intermediate_size=1376,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            max_position_embeddings=WINDOW,
-        )
+        config = LlamaConfig(**SHAPE, max_position_embeddings=WINDOW)
         return LlamaForCausalLM(config).eval()
 
 
@@ -102,6 +102,7 @@ def focused_cost() -> dict[str, Any]:
     """Prefill of 16,384 tokens against the reference's procedure, and the cost of adding a window to a full memory."""
     import torch
 
+    peak = {name: _peak(name) for name in PROCEDURES}
     model, ids = random_model(), prompt()
     seconds: dict[str, list[float]] = {name: [] for name in PROCEDURES}
     last = {}
@@ -112,7 +113,6 @@ def focused_cost() -> dict[str, Any]:
             seconds[name].append(round(time.perf_counter() - start, 3))
     error = (last["lcx"] - last["transcription"]).norm() / last["transcription"].norm()
     best = {name: min(times) for name, times in seconds.items()}
-    peak = {name: _peak(name) for name in PROCEDURES}
     return {
         "length": LENGTH,
         "window": WINDOW,
@@ -154,9 +154,16 @@ def _append_times() -> list[dict[str, Any]]:
     return rows
 
 
+def _resident(field: str) -> float:
+    """VmRSS (now) or VmHWM (highest since the last reset) of this process in MiB; Linux only."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
 if __name__ == "__main__":
     subject, tokens = random_model(), prompt()
-    subject(tokens[:, :WINDOW])  # what any forward needs is not counted
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    subject(tokens[:, :8], logits_to_keep=1)  # what any forward needs is not counted
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the model
+    before = _resident("VmRSS")
     PROCEDURES[sys.argv[1]](subject, tokens)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(_resident("VmHWM") - before)
