@@ -89,7 +89,7 @@ def timeline(runs: Mapping[str, Sequence[Step]], prompt: int) -> go.Figure:
     """
     tokens = 1 + max(t for steps in runs.values() for t in steps[-1].new)
     fig = figure(height=560, margin={"l": 16, "r": 16, "t": 88, "b": 56})
-    fig.set_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.14, row_heights=[0.4, 0.6])
+    fig.set_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.16, row_heights=[0.4, 0.6])
     band = 1 / len(PLACES)
     scale = [[(i + j) * band, c] for i, c in enumerate(PLACES.values()) for j in (0, 1)]
     fig.add_heatmap(
@@ -117,10 +117,10 @@ def timeline(runs: Mapping[str, Sequence[Step]], prompt: int) -> go.Figure:
         last = now.new[-1]
         what = f"token {last}, decoding" if last >= prompt else f"tokens {now.new[0]} to {last} of the prompt"
         points = [{"x": list(p), "y": list(p.values())} for p in (now.positions, now.other_positions)]
-        title = f"Reads {what}. Memory: {len(now.memory)} tokens"
+        title = f"reads {what}; {len(now.memory)} in the memory"
         return {
             "data": [{"z": [other, memory], "customdata": words}, *points],
-            "layout": {"title": {"text": title, "font": {"size": 14}, "x": 0.02, "y": 0.98}},
+            "layout": {"xaxis": {"title": {"text": title, "font": {"size": 14}}}},
         }
 
     highest = max(p for steps in runs.values() for s in steps for p in s.other_positions.values())
@@ -168,7 +168,7 @@ def found(
     fig.update_yaxes(title=yaxis, range=[-4, 104])
     if trained is not None:
         fig.add_vline(x=trained, line={"color": GREY, "dash": "dash"})
-        place = {"x": math.log10(trained), "y": 0, "yref": "paper", "yanchor": "bottom", "xanchor": "right"}
+        place = {"x": math.log10(trained), "y": 0.4, "yref": "paper", "yanchor": "bottom", "xanchor": "right"}
         fig.add_annotation(**place, text="most in training ", showarrow=False, textangle=0)
     return fig
 
@@ -188,7 +188,7 @@ def by_lookup(rows: Sequence[Mapping], models: Sequence[str], layers: int, start
         return mean(r[key] for r in same)
 
     fig = figure(height=600, margin={"l": 16, "r": 24, "t": 56, "b": 40}, showlegend=False)
-    titles = ("tokens right (%)", "one chunk of questions (ms of one core)", "keys and values (MiB)")
+    titles = ("tokens right (%)", "milliseconds of one core", "keys and values (MiB)")
     heights = [2 * len(models), 2, 2]
     fig.set_subplots(rows=3, cols=1, vertical_spacing=0.12, row_heights=heights, subplot_titles=titles)
     names = [f"{m}, {look}" for m in models for look in lookups]

@@ -41,9 +41,9 @@ def test_timeline_shows_the_steps(model):
     other, memory = frame.data[0].z
     assert list(memory) == [0] * 24 + [2] + [None] * 11
     assert list(other) == [None] * 24 + [2] + [None] * 11
-    assert frame.data[1].y[:24] == (0,) * 24 and "24 tokens" in frame.layout.title.text
+    assert frame.data[1].y[:24] == (0,) * 24 and "24 in the memory" in frame.layout.xaxis.title.text
     for frame in fig.frames:
-        assert "{" not in frame.layout.title.text
+        assert "reads token" in frame.layout.xaxis.title.text
         assert all(len(row) == 36 for row in frame.data[0].z)
 
 
