@@ -203,7 +203,7 @@ def _checked_ranges(s: Settings):
             "or for positives only --chunks-per-doc 2 --range 1"
         )
     if s.lora_rank and importlib.util.find_spec("peft") is None:
-        raise LcxError("LoRA needs the package peft: python -m pip install 'lcx[train]'")
+        raise LcxError("LoRA needs the package peft: python -m pip install peft")
     return ranges
 
 

@@ -538,7 +538,7 @@ def test_bad_settings(options, message):
 
 def test_missing_faiss_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(LcxError, match=r"pip install lcx\[knn\]"):
+    with pytest.raises(LcxError, match="pip install faiss-cpu"):
         Memory((1,), lookup="faiss", top_k=4)
 
 
