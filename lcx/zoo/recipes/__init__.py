@@ -38,7 +38,7 @@ class Recipe:
 
 def recipes() -> dict[str, Recipe]:
     """All recipes by name, in the order in which the book needs them."""
-    from . import lm_256, needle_64, needle_memory, topic
+    from . import dictionary, lm_256, needle_64, needle_memory, topic
 
     return {
         r.name: r
@@ -47,5 +47,6 @@ def recipes() -> dict[str, Recipe]:
             needle_64.RECIPE,
             *topic.RECIPES,
             *needle_memory.RECIPES,
+            *dictionary.RECIPES,
         )
     }
