@@ -23,7 +23,9 @@ def import_faiss():
     try:
         import faiss
     except ImportError:
-        raise LcxError('lookup="faiss" needs the package faiss: run `python -m pip install faiss-cpu`') from None
+        raise LcxError(
+            'lookup="faiss" needs the package faiss: run `python -m pip install faiss-cpu`'
+        ) from None
     return faiss
 
 
