@@ -191,6 +191,9 @@ def by_lookup(rows: Sequence[Mapping], models: Sequence[str], layers: int, start
     titles = ("tokens right (%)", "milliseconds of one core", "keys and values (MiB)")
     heights = [2 * len(models), 2, 2]
     fig.set_subplots(rows=3, cols=1, vertical_spacing=0.12, row_heights=heights, subplot_titles=titles)
+    fig.for_each_annotation(
+        lambda a: a.update(x=1, xanchor="right")
+    )  # on a phone the middle is too far right
     names = [f"{m}, {look}" for m in models for look in lookups]
     labels = [names, list(lookups), ["memory, 1 layer", f"all {layers} layers"]]
     shades = [[COLORS[i // 2] for i in range(len(names))], [COLORS[0]] * 2, [COLORS[0], COLORS[6]]]
