@@ -85,3 +85,41 @@ def _rotate(x, positions, c):
     angle = positions.double()[:, None, None] * theta ** (-torch.arange(half).double() / half)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def landmark_weights(
+    scores: torch.Tensor, places: list[int], landmark_of: list[int], own: int
+) -> torch.Tensor:
+    """Landmark Attention, equations 1 to 4: scores [n] of one query on the keys it may see -> weights [n].
+
+    places: where each key stands in the text. landmark_of: where the landmark of its block stands (p_j; its own place, if it
+    is one; beyond the end, if there is none yet). own: the same of the query (p_i). An earlier block whose landmark is not
+    among the keys is out of reach. Differentiable.
+    """
+    groups = []
+    for j, p in zip(places, landmark_of, strict=True):
+        if p != j:
+            groups.append(p)  # regular tokens of one block
+        elif p == own:
+            groups.append(-1)  # the landmark of the query's block: ignored
+        else:
+            groups.append(own)  # other landmarks compete with the tokens of the query's block
+    inside = {}
+    for group in set(groups):
+        members = [n for n, g in enumerate(groups) if g == group]
+        e = torch.exp(scores[members] - scores[members].max())
+        inside.update(zip(members, e / e.sum(), strict=True))
+    where, weights = {j: n for n, j in enumerate(places)}, []
+    for n, (j, p) in enumerate(zip(places, landmark_of, strict=True)):
+        if p == j:
+            weights.append(torch.zeros_like(scores[n]))
+        elif groups[n] == own:
+            weights.append(inside[n])
+        else:
+            weights.append(inside[n] * (inside[where[p]] if p in where else 0.0))
+    return torch.stack(weights)
+
+
+def landmark_place(j: int, block_size: int) -> int:
+    """Where the landmark of the block of place j stands: at its end."""
+    return (j // block_size + 1) * block_size - 1
