@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .cli_landmark import landmark_app
 from .cli_train import train_app
 from .errors import LcxError
 
@@ -22,6 +23,7 @@ app = typer.Typer(**_OPTIONS, pretty_exceptions_enable=False, add_completion=Fal
 zoo_app = typer.Typer(**_OPTIONS, help="The small models that come with the package: list, train, verify.")
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(train_app, name="train")
+app.add_typer(landmark_app, name="landmark")
 _debug = False
 
 

@@ -72,7 +72,7 @@ def _open(folder: Path, source: str, device: str, dtype):
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from . import longllama
+    from . import landmark_llama, longllama
 
     try:
         with _no_progress_bars():
@@ -80,7 +80,7 @@ def _open(folder: Path, source: str, device: str, dtype):
                 tokenizer = longllama.read_tokenizer(folder, config)
                 model = longllama.read_model(folder, config, dtype)
             else:
-                tokenizer = AutoTokenizer.from_pretrained(
+                tokenizer = landmark_llama.read_tokenizer(folder) or AutoTokenizer.from_pretrained(
                     folder, local_files_only=True, trust_remote_code=False
                 )
                 model = AutoModelForCausalLM.from_pretrained(
