@@ -35,6 +35,11 @@ _HOME = {
     "crossbatch_attention": "methods.focused",
     "positive_share": "methods.focused",
     "FocusedAttention": "focused",
+    "grouped_softmax": "methods.landmark",
+    "landmark_attention": "methods.landmark",
+    "insert_landmarks": "landmark_tokens",
+    "add_landmark": "landmark_tokens",
+    "LandmarkAttention": "landmark",
     "Memory": "memory",
 }
 _MODULES = (

@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import Heads, attach, causal_lm, replaced
 from .errors import LcxError
 from .focused_cache import FocusedCache, fingerprint
+from .long_model import LongModel
 from .memory import Memory
 from .methods.focused import crossbatch_attention
 from .methods.rope import rotate
 from .softmax import attend, merge
-from .windows import Piece, collect, kept_columns, split
+from .windows import Piece, collect, real_tokens, split
 
 OVERFLOW = ("flush", "roll")
 
@@ -119,12 +119,11 @@ class _Window:
     stop_at: int | None  # leave the model in this layer
 
 
-class Focused:
+class Focused(LongModel):
     """A model with a memory attached. Made by FocusedAttention; `settings` holds them, with defaults filled in."""
 
     def __init__(self, settings: FocusedAttention, model):
-        self.settings, self.model = settings, model
-        self._forward = model.forward
+        super().__init__(settings, model)
         self._new_memory()  # says now what is wrong with the settings
         self._masses: dict[int, torch.Tensor] | None = None
 
@@ -149,7 +148,7 @@ class Focused:
         self.need_layers()
         state = state or self.new_cache()
         state.make_room(self, None)
-        real = _real(input_ids, attention_mask)
+        real = real_tokens(input_ids, attention_mask)
         pieces, _ = split(real, self.settings.window, 0)
         for piece in pieces:
             self._to_memory(input_ids, piece, state, wanted=False)
@@ -174,58 +173,22 @@ class Focused:
         finally:
             self._masses = None
 
-    def as_forward(self):
-        """`self.forward` under the name and signature of the model's own, which generate and Trainer look at."""
-
-        @wraps(self._forward)
-        def forward(*args, **kwargs):
-            return self.forward(*args, **kwargs)
-
-        return forward
-
     # The model's forward -------------------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        contexts=None,
-        **kwargs,
-    ):
-        """What `model(...)` does inside the context. position_ids are counted here, window by window."""
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if any(kwargs.pop(name, None) for name in ("output_attentions", "output_hidden_states")):
-            raise LcxError(
-                "attentions and hidden states of a windowed model are not returned: leave those options out"
-            )
-        for name in ("cache_position", "return_dict"):  # older versions of transformers pass them
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, contexts=None, **kwargs):
+        """As of any LongModel, and with `contexts` one step of crossbatch."""
+        call = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+        if contexts is None:
+            return super().forward(**call, **kwargs)
+        for name in ("position_ids", "past_key_values", "use_cache"):
             kwargs.pop(name, None)
-        if contexts is not None:
-            job = _Crossbatch(contexts, attention_mask)
-            call = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
-            return self._forward(
-                **call, labels=labels, use_cache=False, logits_to_keep=logits_to_keep, focused=job, **kwargs
-            )
-        real = _real(inputs, attention_mask)
-        columns = kept_columns(inputs.shape[1], 0 if labels is not None else logits_to_keep, inputs.device)
-        if torch.is_grad_enabled() and past_key_values is None and (use_cache is False or labels is not None):
-            hidden, cache = self._all_windows_at_once(inputs, real, columns), None
-        else:
-            hidden, cache = self._one_by_one(inputs, real, columns, past_key_values)
-        logits, loss = self.model.lm_head(hidden), None
-        if labels is not None:
-            loss = self.model.loss_function(
-                logits=logits, labels=labels, vocab_size=self.model.config.vocab_size, **kwargs
-            )
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=None if use_cache is False else cache
-        )
+        job = _Crossbatch(contexts, attention_mask)
+        return self._forward(**call, use_cache=False, focused=job, **kwargs)
+
+    def hidden(self, inputs, real, columns, cache, training):
+        if training:
+            return self._all_windows_at_once(inputs, real, columns), None
+        return self._one_by_one(inputs, real, columns, cache)
 
     def _all_windows_at_once(self, inputs, real, columns):
         """Training: the windows of every row as one crossbatch in which each sees all windows before it.
@@ -345,15 +308,3 @@ class Focused:
 
     def _factor(self) -> float:
         return getattr(self.model.model.rotary_emb, "attention_scaling", 1.0)
-
-
-def _real(inputs, attention_mask) -> torch.Tensor:
-    """bool [B, N] of the new tokens. A mask that also covers earlier tokens, as in generate, is cut to the new ones."""
-    B, N = inputs.shape[:2]
-    if attention_mask is None:
-        return torch.ones(B, N, dtype=torch.bool, device=inputs.device)
-    if attention_mask.ndim != 2 or len(attention_mask) != B or attention_mask.shape[1] < N:
-        raise LcxError(
-            f"attention_mask {tuple(attention_mask.shape)} does not fit inputs {(B, N)}: give one row of 0 and 1 each"
-        )
-    return attention_mask[:, -N:].bool()

@@ -110,17 +110,29 @@ class Documents(torch.utils.data.Dataset):
         return {"input_ids": self.inputs[i], "labels": self.targets[i], "shift_labels": self.targets[i]}
 
 
-class CrossBatchTrainer(Trainer):
+class OrderedTrainer(Trainer):
+    """Trainer that can read its dataset from start to end (in_order), for data that change as training goes on."""
+
+    def __init__(self, *args: Any, in_order: bool = False, **kwargs: Any):
+        self.in_order = in_order
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, *args):
+        if self.in_order:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(*args)
+
+
+class CrossBatchTrainer(OrderedTrainer):
     """Trainer for a model inside FocusedAttention: every batch goes to the model with the contexts of the current step.
 
-    contexts: step, entries -> int64 [entries, C], from `lanes` or `packs`. With in_order the dataset is read from
-    start to end, for data that change as training goes on.
+    contexts: step, entries -> int64 [entries, C], from `lanes` or `packs`. in_order: see OrderedTrainer.
 
     Raises LcxError if the model is not inside FocusedAttention, and if one process holds several GPUs.
     """
 
-    def __init__(self, *args: Any, contexts: Contexts, in_order: bool = False, **kwargs: Any):
-        self.contexts, self.in_order = contexts, in_order
+    def __init__(self, *args: Any, contexts: Contexts, **kwargs: Any):
+        self.contexts = contexts
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:  # torch.nn.DataParallel would tear the contexts apart
             raise LcxError(
@@ -139,8 +151,3 @@ class CrossBatchTrainer(Trainer):
         return super().compute_loss(
             model, {**inputs, "contexts": table.to(inputs["input_ids"].device)}, *args, **kwargs
         )
-
-    def _get_train_sampler(self, *args):
-        if self.in_order:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-        return super()._get_train_sampler(*args)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .errors import LcxError
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -83,3 +85,15 @@ def collect(parts: list[tuple[Piece, torch.Tensor]], columns: torch.Tensor) -> t
         row, t = (target >= 0).nonzero(as_tuple=True)
         out = out.index_put((row, target[row, t]), hidden[row, t])
     return out
+
+
+def real_tokens(inputs, attention_mask) -> torch.Tensor:
+    """bool [B, N] of the new tokens. A mask that also covers earlier tokens, as in generate, is cut to the new ones."""
+    B, N = inputs.shape[:2]
+    if attention_mask is None:
+        return torch.ones(B, N, dtype=torch.bool, device=inputs.device)
+    if attention_mask.ndim != 2 or len(attention_mask) != B or attention_mask.shape[1] < N:
+        raise LcxError(
+            f"attention_mask {tuple(attention_mask.shape)} does not fit inputs {(B, N)}: give one row of 0 and 1 each"
+        )
+    return attention_mask[:, -N:].bool()

@@ -24,24 +24,32 @@ def needle_copy(
     needle: int = 16,
     depth: float | None = None,
     generator: torch.Generator | None = None,
+    needles: int = 1,
+    cue: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Make `batch` sequences. Returns (input_ids, labels), both int64 [batch, length].
 
-    Layout: BOS, then `length - 1 - needle` tokens of filler that hold the needle, then the repeat of `needle` tokens.
-    depth: where the needle stands, from 0 (right after BOS) to 1 (right before the repeat); None draws it
-    uniformly for every sequence. labels equal input_ids on the tokens 2 to `needle` of the repeat and are -100
-    elsewhere; they are not shifted (transformers shifts them itself).
+    Layout: BOS, then `length - 1 - needle` tokens of filler that hold the needles, then the repeat of the first of them.
+    depth: where that needle stands, from 0 (right after BOS) to 1 (right before the repeat); None draws it
+    uniformly for every sequence. needles: how many there are; the others stand anywhere and are never asked for. labels
+    equal input_ids on the repeat from its token `cue` on and are -100 elsewhere; they are not shifted (transformers
+    shifts them itself). With several needles two tokens are needed to tell them apart: cue=2.
     generator: a torch.Generator on the CPU; None takes a new one with seed 0. No global state is read or changed.
 
-    Raises LcxError if the sequence is too short for BOS and two needles, if the needle has fewer than 2 or more
-    than 64 tokens, or if depth is outside 0 to 1.
+    Raises LcxError if the sequence is too short for BOS, the needles and the repeat, if a needle has fewer than 2 or more
+    than 64 tokens, if cue leaves nothing to score, or if depth is outside 0 to 1.
     """
     if not 2 <= needle <= len(NEEDLE):
         raise LcxError(f"a needle of {needle} tokens is not possible: use 2 to {len(NEEDLE)}")
-    last_start = length - 2 * needle  # the needle then ends where the repeat starts
-    if last_start < 1:
+    if not 1 <= cue < needle or needles < 1:
         raise LcxError(
-            f"length {length} is too short for a needle of {needle} tokens: use at least {2 * needle + 1}"
+            f"needles={needles}, cue={cue}: use at least one needle, and a cue of 1 to {needle - 1}"
+        )
+    spare = length - 1 - needle * (needles + 1)  # tokens of filler
+    if spare < 0:
+        one = "a needle" if needles == 1 else f"{needles} needles"
+        raise LcxError(
+            f"length {length} is too short for {one} of {needle} tokens: use at least {length - spare}"
         )
     if depth is not None and not 0 <= depth <= 1:
         raise LcxError(f"depth {depth} is outside 0 to 1")
@@ -50,17 +58,20 @@ def needle_copy(
 
     input_ids = torch.randint(FILLER.start, FILLER.stop, (batch, length), generator=generator)
     input_ids[:, 0] = BOS
-    # The first `needle` places of a random permutation: a draw without repetition for every row.
-    tokens = NEEDLE.start + torch.rand(batch, len(NEEDLE), generator=generator).argsort(dim=1)[:, :needle]
-    if depth is None:
-        start = torch.randint(1, last_start + 1, (batch, 1), generator=generator)
-    else:
-        start = torch.full((batch, 1), 1 + round(depth * (last_start - 1)))
-    input_ids.scatter_(1, start + torch.arange(needle), tokens)
-    input_ids[:, -needle:] = tokens
+    # The first `needle` places of a random permutation: a draw without repetition for every needle.
+    draws = torch.rand(batch, needles, len(NEEDLE), generator=generator).argsort(dim=-1)[..., :needle]
+    tokens = NEEDLE.start + draws
+    # How much filler stands before each needle. Those with less of it come first and push the others to the right.
+    before = torch.randint(spare + 1, (batch, needles), generator=generator)
+    if depth is not None:
+        before[:, 0] = round(depth * spare)
+    start = 1 + before + needle * before.argsort(dim=1, stable=True).argsort(dim=1)
+    places = start[..., None] + torch.arange(needle)
+    input_ids.scatter_(1, places.flatten(1), tokens.flatten(1))
+    input_ids[:, -needle:] = tokens[:, 0]
 
     labels = torch.full_like(input_ids, -100)
-    labels[:, 1 - needle :] = input_ids[:, 1 - needle :]
+    labels[:, cue - needle :] = input_ids[:, cue - needle :]
     return input_ids, labels
 
 

@@ -76,9 +76,9 @@ def _stopper(recipe: Recipe):
 def make_trainer(recipe: Recipe, model, tokenizer, work: Path, seed: int, steps: int):
     """The Trainer of a recipe, a CrossBatchTrainer if the recipe says who sees whom. Checkpoints go to `work`."""
     import torch
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
-    from ..train import CrossBatchTrainer, collate
+    from ..train import CrossBatchTrainer, OrderedTrainer, collate
 
     train, heldout = recipe.data(tokenizer, seed, steps * recipe.batch_size)
     stops = recipe.stop_accuracy is not None
@@ -99,7 +99,7 @@ def make_trainer(recipe: Recipe, model, tokenizer, work: Path, seed: int, steps:
         remove_unused_columns=False,
         **recipe.training,
     )
-    kind, options = Trainer, {}
+    kind, options = OrderedTrainer, {"in_order": recipe.in_order}
     if recipe.contexts:
         kind, options = CrossBatchTrainer, {"contexts": recipe.contexts, "in_order": True}
     return kind(
@@ -121,6 +121,7 @@ def run(recipe: Recipe, out: Path, seed: int, steps: int | None) -> dict[str, An
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ..focused import FocusedAttention
+    from ..landmark import LandmarkAttention
 
     wanted, steps = steps, steps or recipe.steps
     work = work_dir(recipe, seed, steps)
@@ -131,7 +132,12 @@ def run(recipe: Recipe, out: Path, seed: int, steps: int | None) -> dict[str, An
         model = LlamaForCausalLM(LlamaConfig(**{**recipe.config, **special}))
         trainer = make_trainer(recipe, model, tokenizer, work, seed, steps)
         resumed, before = last_checkpoint(work), time.time()
-        with FocusedAttention.of(model)(model) if recipe.contexts else nullcontext():
+        method = nullcontext()
+        if recipe.contexts:
+            method = FocusedAttention.of(model)(model)
+        elif "mem_freq" in recipe.config:
+            method = LandmarkAttention.of(model)(model)
+        with method:
             trainer.train(resume_from_checkpoint=resumed)
         seconds = time.time() - before
     command = (

@@ -16,7 +16,8 @@ class Recipe:
     {"input_ids", "labels"}. score(model, tokenizer): the held-out figures, "loss" in nats per scored token first
     among them. baselines(tokenizer): figures for the card that do not depend on the model. stop_accuracy: stop once
     the held-out accuracy reaches this, looking every eval_steps steps. contexts: step, entries of the batch -> who sees
-    whom (lcx.train); then items are read in order, and config holds the memory fields of FocusedAttention.of.
+    whom (lcx.train); then config holds the memory fields of FocusedAttention.of, and items are read in order. With mem_freq in the
+    config the model is trained by LandmarkAttention.of. in_order: items are read from start to end.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Recipe:
     baselines: Callable[[Any], dict[str, Any]] | None = None
     stop_accuracy: float | None = None
     contexts: Callable[[int, int], Any] | None = None
+    in_order: bool = False
     eval_steps: int = 50
     save_steps: int = 100
 

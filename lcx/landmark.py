@@ -1,0 +1,414 @@
+"""LandmarkAttention: an unmodified model that opens only the blocks of its past it picks through landmarks (paper, section 3).
+
+In training, a row with a landmark after every block_size - 1 tokens goes through the model at once, with the grouped softmax in
+every layer. At inference it goes chunk by chunk: finished blocks are put away, and every query of every head and layer
+fetches the top_k whose landmarks it scores highest, placed so that no distance exceeds the trained length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .attention import Heads, attach, causal_lm, replaced
+from .errors import LcxError
+from .landmark_cache import PAGE_TOKENS, LandmarkCache, Layout, chunks
+from .long_model import LongModel
+from .memory import Memory
+from .methods.landmark import landmark_attention
+from .methods.retrieval import GRANULARITIES, attend_blocks, choose_blocks, score_blocks
+from .methods.rope import rope_cos_sin, rotate
+from .softmax import attend, merge
+from .windows import Piece, collect, real_tokens
+
+TILE_BYTES = 2**25  # of scores and fetched keys and values at once, unless a single query needs more
+
+
+@dataclass(frozen=True)
+class LandmarkAttention:
+    """`with LandmarkAttention(block_size=64, top_k=4)(model) as landmark:` lets the model reach back any distance.
+
+    block_size: tokens of a block, its landmark included. top_k: how many blocks a query opens; None: all of them, at their true
+    positions, as in training. window: tokens of a chunk with their landmarks, a multiple of block_size (default: as many as fit beside
+    top_k + 1 blocks into train_length). train_length: tokens, landmarks included, of a training row (default: train_context_length
+    of the config, else the model's window). granularity: who shares a choice, see lcx.methods.retrieval; with grouped-query attention every
+    query head chooses its own blocks, "head" fetches least. tier, dtype, folder: where blocks live, see lcx.memory.Memory; landmark keys
+    stay on the device. max_blocks: keep only the newest. landmark_id: default mem_id of the config. loss_at_landmarks: the model
+    was trained to predict landmarks and to predict from them, as the released LLaMA-7B.
+
+    Inside the context, `model(input_ids)`, `model(…, labels=…)` and `model.generate` take inputs of any length WITHOUT landmarks, in
+    batches with padding on either side. Landmarks are inserted, logits come back for the given tokens alone, and no
+    landmark is ever predicted. A call with gradients is one training step over whole rows. Everything is undone at the end.
+
+    Raises LcxError for settings that do not fit the model, UnsupportedModelError for another family.
+    """
+
+    block_size: int = 64
+    top_k: int | None = 4
+    window: int | None = None
+    train_length: int | None = None
+    granularity: str = GRANULARITIES[0]
+    tier: str = "device"
+    dtype: torch.dtype | None = None
+    folder: str | Path | None = None
+    max_blocks: int | None = None
+    landmark_id: int | None = None
+    loss_at_landmarks: bool = False
+
+    @classmethod
+    def of(cls, model, **changes) -> LandmarkAttention:
+        """The settings a checkpoint was trained with, from its config (mem_freq and its kin), with changes if any are given.
+
+        Raises LcxError if the config says nothing of landmarks.
+        """
+        config = causal_lm(model).config
+        if getattr(config, "mem_freq", None) is None:
+            raise LcxError(
+                "this config has no mem_freq: train with landmarks, or pass block_size and landmark_id"
+            )
+        found = {
+            "block_size": config.mem_freq + 1,
+            "loss_at_landmarks": bool(getattr(config, "include_landmark_in_loss", False)),
+        }
+        return cls(**{**found, **changes})
+
+    @contextmanager
+    def __call__(self, model) -> Iterator[Landmark]:
+        inner = causal_lm(model)
+        landmark = Landmark(self._checked(inner), inner)
+        with ExitStack() as stack:
+            everywhere = range(inner.config.num_hidden_layers)
+            stack.enter_context(attach(inner, dict.fromkeys(everywhere, landmark.attend)))
+            stack.enter_context(replaced(inner, landmark.as_forward()))
+            yield landmark
+
+    def _checked(self, model) -> LandmarkAttention:
+        config, size, k = model.config, self.block_size, self.top_k
+        longest = config.max_position_embeddings
+        length = self.train_length or getattr(config, "train_context_length", None) or longest
+        if "forward" in vars(model) or any("forward" in vars(x.self_attn) for x in model.model.layers):
+            raise LcxError("the model is already inside a method: leave that context first")
+        if not 2 <= size <= length <= longest:
+            raise LcxError(
+                f"block_size {size} and train_length {length} do not fit: 2 <= block_size <= train_length <= {longest}, "
+                "the window of the model"
+            )
+        if k is not None and k < 1:
+            raise LcxError(
+                f"top_k={k} opens no block, so the past would be lost: give at least 1, or None for all"
+            )
+        if self.granularity not in GRANULARITIES:
+            raise LcxError(f"unknown granularity {self.granularity!r}: use {', '.join(GRANULARITIES)}")
+        if self.max_blocks is not None and self.max_blocks < 1:
+            raise LcxError(f"max_blocks={self.max_blocks}: keep at least 1")
+        room = length // size * size - (0 if k is None else (k + 1) * size)
+        window = room if self.window is None else self.window
+        if window < size or window % size:
+            raise LcxError(
+                f"a window of {window} tokens is not possible: it must be a multiple of block_size {size}, at least one block "
+                f"beside top_k + 1 blocks in a train_length of {length}; make top_k or block_size smaller"
+            )
+        if k is not None and window > room:
+            raise LcxError(
+                f"window {window} and {k} + 1 blocks of {size} exceed the train_length of {length}: use at most {room}"
+            )
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rope in ("dynamic", "longrope"):
+            raise LcxError(
+                f"{rope} RoPE changes with the length, blocks are rotated once: use linear, yarn or llama3"
+            )
+        if getattr(config, "sliding_window", None) is not None and config.sliding_window < length:
+            raise LcxError(
+                f"the model's own sliding window of {config.sliding_window} cuts into train_length {length}: use a smaller one"
+            )
+        token = self.landmark_id if self.landmark_id is not None else getattr(config, "mem_id", None)
+        if token is None or not 0 <= token < config.vocab_size:
+            raise LcxError(
+                f"landmark_id {token} is no token of this model ({config.vocab_size} tokens): add one with "
+                "lcx.add_landmark(model, tokenizer), or pass landmark_id"
+            )
+        return replace(self, window=window, train_length=length, landmark_id=int(token))
+
+
+class _Enough(Exception):
+    """Raised in the last layer of a chunk of which only keys and values are wanted."""
+
+
+@dataclass
+class _Dense:
+    """Whole rows at once: cos, sin [B, T, D / 2] of the positions and which tokens exist, None for all."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+
+
+@dataclass
+class _Chunk:
+    layout: Layout
+    cache: LandmarkCache
+    length: Tensor  # int64 [B], of the local context
+    recent: Tensor | None  # None while there is no block
+    local: dict[int, tuple[Tensor, Tensor]]  # keys and values of the local context, unfinished block first
+    stop_at: int | None  # leave the model in this layer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What one layer fetched for one chunk. positions: int64 [B, T], place of each query in the row's text with its landmarks, -1 for none.
+    blocks: int64 [B, H, T, k], which blocks of the text it opened, ascending, -1 for none; H or T is 1 where all share a choice."""
+
+    layer: int
+    positions: Tensor
+    blocks: Tensor
+
+
+class Landmark(LongModel):
+    """A model that retrieves blocks. Made by LandmarkAttention; `settings` holds them, with defaults filled in."""
+
+    def __init__(self, settings: LandmarkAttention, model):
+        super().__init__(settings, model)
+        self.new_cache()  # says now what is wrong with the settings
+        self._table: tuple[Tensor, Tensor] | None = None
+        self._trace: list[Opened] | None = None
+
+    def new_cache(self) -> LandmarkCache:
+        """An empty cache. Pass it as past_key_values."""
+        return self._upgraded(LandmarkCache())
+
+    def _upgraded(self, cache) -> LandmarkCache:
+        s = self.settings
+        memory = Memory(
+            range(self.model.config.num_hidden_layers),
+            tier=s.tier,
+            dtype=s.dtype,
+            folder=s.folder,
+            max_tokens=None if s.max_blocks is None else s.max_blocks * s.block_size,
+            page_tokens=max(1, PAGE_TOKENS // s.block_size) * s.block_size,
+        )
+        return LandmarkCache.upgrade(cache, memory, s.block_size)
+
+    @torch.no_grad()
+    def remember(self, input_ids, attention_mask=None, state: LandmarkCache | None = None) -> LandmarkCache:
+        """Read all of input_ids [B, N], chunk by chunk, and return the cache.
+
+        state: go on from this cache instead of a new one. Use the result for many questions through `.fork()`:
+        `model.generate(question, past_key_values=state.fork())`.
+        """
+        columns = torch.full((input_ids.shape[1],), -1, device=input_ids.device)
+        real = real_tokens(input_ids, attention_mask)
+        return self._by_chunks(input_ids, real, columns, state or self.new_cache())[1]
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Opened]]:
+        """Inside, every layer and chunk that fetches blocks leaves an Opened in the list."""
+        self._trace = []
+        try:
+            yield self._trace
+        finally:
+            self._trace = None
+
+    # The model's forward -------------------------------------------------------------------------------------------
+
+    def hidden(self, inputs, real, columns, cache, training):
+        if inputs.ndim == 2 and (inputs == self.settings.landmark_id).any():
+            raise LcxError(
+                f"the input contains the landmark, token {self.settings.landmark_id}: landmarks are inserted here, remove them"
+            )
+        if training or (self.settings.top_k is None and cache is None):
+            return self._whole(inputs, real, columns), None
+        return self._by_chunks(inputs, real, columns, cache)
+
+    def logits(self, hidden):
+        logits = self.model.lm_head(hidden)
+        token = torch.arange(logits.shape[-1], device=logits.device) == self.settings.landmark_id
+        return logits.masked_fill(token, float("-inf"))
+
+    def loss(self, logits, labels, **kwargs):
+        if self._landmark_logits is None:
+            return super().loss(logits, labels, **kwargs)
+        # The landmark and what follows it are targets like any other.
+        grid, layout = self._landmark_logits, self._layout
+        targets = labels.gather(1, layout.columns.clamp(min=0)).masked_fill(~layout.real, -100)
+        targets = targets.masked_fill(layout.landmark, self.settings.landmark_id)
+        return super().loss(self.model.lm_head(grid), targets, **kwargs)
+
+    _landmark_logits = _layout = None
+
+    def _whole(self, inputs, real, columns):
+        """Training: every row at once, positions and blocks counted from its first token."""
+        s = self.settings
+        none = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
+        (layout,) = chunks(real, none, s.block_size, None)
+        cos, sin = self._rotation(int(layout.positions.max()) + 1, inputs)
+        mask = None if layout.uniform else layout.real
+        job = _Dense(cos[layout.positions], sin[layout.positions], mask)
+        hidden = self._decoder(inputs, layout, job)
+        return self._outputs([(layout, hidden)], columns)
+
+    @torch.no_grad()
+    def _by_chunks(self, inputs, real, columns, cache):
+        s = self.settings
+        cache = self.new_cache() if cache is None else self._upgraded(cache)
+        cache.open(len(inputs), inputs.device)
+        parts, last = [], self.model.config.num_hidden_layers - 1
+        for layout in chunks(real, cache.tail_length, s.block_size, s.window):
+            wanted = bool((columns[layout.columns.clamp(min=0)] >= 0)[layout.real].any())
+            length = torch.where(layout.length < 0, cache.tail_length, layout.length)
+            k = cache.blocks if s.top_k is None else s.top_k
+            recent = cache.recent(k) if cache.blocks else None
+            job = _Chunk(layout, cache, length, recent, {}, None if wanted else last)
+            try:
+                hidden = self._decoder(inputs, layout, job)
+                parts.append((layout, hidden))
+            except _Enough:
+                pass
+            cache.add(job.local, length)
+        cache.seen += inputs.shape[1]
+        return (self._outputs(parts, columns) if parts else None), cache
+
+    def _outputs(self, parts, columns):
+        """Hidden states of the wanted columns. The landmark shares the column of the token before it: one of the two counts."""
+        ours = []
+        for layout, hidden in parts:
+            before = torch.roll(layout.landmark, -1, 1)
+            before[:, -1] = False
+            hide = before if self.settings.loss_at_landmarks else layout.landmark
+            ours.append((Piece(layout.columns.masked_fill(hide, -1)), hidden))
+        train = self.settings.loss_at_landmarks and torch.is_grad_enabled()
+        self._landmark_logits, self._layout = (parts[0][1], parts[0][0]) if train else (None, None)
+        return collect(ours, columns)
+
+    def _decoder(self, inputs, layout: Layout, job):
+        taken = Piece(layout.columns).take(inputs)
+        token = torch.full_like(layout.columns, self.settings.landmark_id)
+        if inputs.ndim == 2:
+            call = {"input_ids": torch.where(layout.landmark, token, taken)}
+        else:
+            embedded = self.model.get_input_embeddings()(token)
+            call = {"inputs_embeds": torch.where(layout.landmark[..., None], embedded, taken)}
+        return self.model.model(
+            **call,
+            attention_mask=layout.real.long(),
+            position_ids=layout.positions,
+            use_cache=False,
+            landmark=job,
+        ).last_hidden_state
+
+    def _rotation(self, length: int, inputs) -> tuple[Tensor, Tensor]:
+        """cos and sin [length or more, D / 2] of the positions from 0 on, from angles in float64: blocks are rotated in two steps."""
+        if self._table is None or len(self._table[0]) < length or self._table[0].device != inputs.device:
+            rotary = self.model.model.rotary_emb
+            at = torch.arange(length, device=inputs.device)
+            tables = rope_cos_sin(at, rotary.inv_freq.double())
+            dtype = torch.promote_types(self.model.dtype, torch.float32)
+            self._table = tuple((t * rotary.attention_scaling).to(dtype) for t in tables)
+        return self._table
+
+    # The attention of every layer ----------------------------------------------------------------------------------
+
+    def attend(self, h: Heads) -> Tensor:
+        """Grouped softmax over the local context and, at inference, the fetched blocks."""
+        job = h.extra.get("landmark")
+        if isinstance(job, _Dense):
+            q, k = rotate(h.q, job.cos, job.sin), rotate(h.k, job.cos, job.sin)
+            return landmark_attention(q, k, h.v, self.settings.block_size, h.scale, job.mask)
+        if not isinstance(job, _Chunk):
+            raise LcxError(
+                "inside LandmarkAttention call the model itself, not its decoder: model(input_ids)"
+            )
+        parts = [self._local(h, job)]
+        if job.recent is not None:
+            parts.append(self._fetched(h, job))
+        return merge(parts)[0]
+
+    def _local(self, h: Heads, job: _Chunk) -> tuple[Tensor, Tensor]:
+        """The chunk and the unfinished block before it."""
+        size, at = self.settings.block_size, job.layout.positions
+        L = int(job.length.max())
+        cos, sin = self._rotation(L, h.q)
+        tail = job.cache.tail.get(h.layer)
+        stored = rotate(h.k, cos[at % size], sin[at % size])
+        local = _placed(stored, tail and tail[0], job, L), _placed(h.v, tail and tail[1], job, L)
+        job.local[h.layer] = local
+        if h.layer == job.stop_at:
+            raise _Enough
+        q, (k, v) = rotate(h.q, cos[at], sin[at]), local
+        job.cache.traffic["local"] += 2 * k.numel() * k.element_size()
+        if L <= size:  # one block: plain attention without the landmark
+            j = torch.arange(L, device=at.device)
+            return attend(q, k, v, h.scale, ((j <= at[..., None]) & (j < size - 1))[:, None])
+        k = _placed(rotate(h.k, cos[at], sin[at]), tail and tail[0], job, L)
+        if job.layout.uniform:  # the queries are the last positions
+            return landmark_attention(q, k, v, size, h.scale, return_lse=True)
+        there = torch.arange(L, device=at.device) < job.length[:, None]
+        square = _placed(q, q.new_zeros(len(q), q.shape[1], 0, q.shape[3]), job, L)
+        out, lse = landmark_attention(square, k, v, size, h.scale, there, return_lse=True)
+        return out.gather(2, at[:, None, :, None].expand_as(q)), lse.gather(
+            2, at[:, None].expand(q.shape[:3])
+        )
+
+    def _fetched(self, h: Heads, job: _Chunk) -> tuple[Tensor, Tensor]:
+        """Score the landmarks of all blocks, fetch the best, attend to them: tile by tile of queries, if they choose for themselves."""
+        s, cache = self.settings, job.cache
+        size, at, k = s.block_size, job.layout.positions, job.recent.shape[1]
+        self._rotation(s.window + (k + 2) * size, h.q)
+        landmarks = cache.landmarks[h.layer]
+        cache.traffic["landmarks"] += landmarks.numel() * landmarks.element_size()
+        T, each = h.q.shape[2], 2 * h.q[:, :, :1].numel() * h.q.element_size() * k * size
+        each += 8 * len(h.q) * h.q.shape[1] * landmarks.shape[2]  # scores, as they are sorted
+        tile = T if s.granularity == "head" else max(1, TILE_BYTES // each)
+        parts, opened = [], []
+        for start in range(0, T, tile):
+            rows = slice(start, start + tile)
+            turned = _turned(h.q[:, :, rows], at[:, rows], size, *self._table)
+            scores = score_blocks(turned, landmarks, job.recent, h.scale)
+            scores = scores.masked_fill(~job.layout.real[:, None, rows, None], float("-inf"))
+            blocks = choose_blocks(scores, cache.valid, k, s.granularity)
+            if self._trace is not None:
+                opened.append(blocks)
+            blocks = blocks.expand(-1, h.q.shape[1], -1, -1)
+            parts.append(attend_blocks(turned, *cache.fetch(h.layer, blocks), blocks, job.recent, h.scale))
+        if self._trace is not None:
+            self._record(h.layer, job, torch.cat(opened, 2))
+        out, lse = zip(*parts, strict=True)
+        return torch.cat(out, 2), torch.cat(lse, 2)
+
+    def _record(self, layer: int, job: _Chunk, blocks: Tensor) -> None:
+        cache = job.cache
+        ordinals = cache.ordinals()
+        row = torch.arange(len(blocks), device=blocks.device).view(-1, 1, 1, 1)
+        named = torch.where(blocks < 0, -1, ordinals[row, blocks.clamp(min=0)])
+        before = (cache.dropped + cache.valid.sum(1))[:, None] * self.settings.block_size
+        positions = torch.where(job.layout.real, job.layout.positions + before, -1)
+        self._trace.append(Opened(layer, positions.cpu(), named.cpu()))
+
+
+def _turned(q: Tensor, at: Tensor, size: int, cos: Tensor, sin: Tensor):
+    """distance in blocks -> q as it sees a block at that distance. Computed once each."""
+    done: dict[int, Tensor] = {}
+
+    def turned(distance: int) -> Tensor:
+        if distance not in done:
+            place = at + distance * size
+            done[distance] = rotate(q, cos[place], sin[place])
+        return done[distance]
+
+    return turned
+
+
+def _placed(new: Tensor, tail: Tensor | None, job: _Chunk, length: int) -> Tensor:
+    """Local tokens in their places [B, heads, length, D]: those of the unfinished block, then those of the chunk."""
+    if job.layout.uniform:
+        return new if tail is None or not tail.shape[2] else torch.cat([tail, new], 2)
+    B, heads, _, D = new.shape
+    room = new.new_zeros(B, heads, length + 1, D)  # the last place takes what does not exist
+    if tail is not None:
+        room[:, :, : tail.shape[2]] = tail
+    place = torch.where(job.layout.real, job.layout.positions, length)
+    return room.scatter(2, place[:, None, :, None].expand_as(new), new)[:, :, :length]

@@ -1,0 +1,117 @@
+"""Block retrieval of Landmark Attention: score blocks, choose the best, give them places, attend to them (sections 3.2, 3.2.1).
+
+Blocks lie in a cache, oldest first, their keys rotated by their offset inside the block. Where a block stands is then a matter
+of the query alone: q at position P sees a block d blocks before the local context as R(P + d * block_size) q.
+`turned(d)` below is that query [B, H, T, D]. Only k + 1 different d occur, whatever the length of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Whose best blocks are fetched: those of each query of each head (as in training), of each head for a whole chunk of
+# queries, or of each query for all heads (section 4.1, Table 2).
+GRANULARITIES = ("head_and_token", "head", "token")
+
+NEVER = float("-inf")
+Turned = Callable[[int], Tensor]
+
+
+def score_blocks(turned: Turned, landmarks: Tensor, recent: Tensor, scale: float) -> Tensor:
+    """Scores of every query on every cached landmark, [B, H, T, n].
+
+    landmarks [B or 1, Hkv, n, D]; recent int64 [B or 1, k], indices of each row's k newest blocks in ascending order, -1 where it
+    has fewer. These are scored at their true distance; all older blocks share the distance of k + 1 blocks, so that no
+    distance exceeds what was trained.
+    """
+    k = recent.shape[1]
+    scores = _on_landmarks(turned(k + 1), landmarks) * scale
+    for m in range(k, 0, -1):  # from the oldest on: a missing block (-1) writes to block 0 what is there
+        index = recent[:, -m]
+        keys = landmarks.gather(
+            2, index.clamp(min=0)[:, None, None, None].expand(-1, *landmarks[0, :, :1].shape)
+        )
+        near = _on_landmarks(turned(m), keys) * scale
+        index = index[:, None, None, None].expand_as(near)
+        there = scores.gather(-1, index.clamp(min=0))
+        scores.scatter_(-1, index.clamp(min=0), torch.where(index < 0, there, near))
+    return scores
+
+
+def _on_landmarks(q: Tensor, keys: Tensor) -> Tensor:
+    """q [B, H, T, D] on keys [B or 1, Hkv, n, D] -> [B, H, T, n], heads of a group on their key head."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.to(dtype).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # [B, Hkv, H // Hkv * T, D]
+    return (grouped @ keys.to(dtype).mT).view(*q.shape[:3], -1)
+
+
+def choose_blocks(scores: Tensor, valid: Tensor, top_k: int, granularity: str = GRANULARITIES[0]) -> Tensor:
+    """The blocks to fetch: int64 [B, H, T, k], ascending, -1 first where a row has fewer; H or T is 1 where all share them.
+
+    scores [B, H, T, n], -inf at queries that do not exist; valid bool [B or 1, n]; k = min(top_k, n). With "head" and "token"
+    what is compared are probabilities among the cached blocks, the largest over the chunk's queries or over the heads.
+    Ties go to the newest block: in layer 0 all landmarks are the same vector. Scores are compared in steps of 1e-5 (float64: 1e-8), so
+    that rounding does not decide.
+    """
+    valid = valid[:, None, None, :]
+    if granularity != "head_and_token":
+        dim = 2 if granularity == "head" else 1
+        scores = scores.masked_fill(~valid, NEVER).log_softmax(-1).nan_to_num(NEVER, neginf=NEVER)
+        scores = scores.amax(dim, keepdim=True)
+    n = scores.shape[-1]
+    step = 1e-8 if scores.dtype == torch.float64 else 1e-5
+    index = torch.arange(n, device=scores.device)
+    # One whole number for score and age, so that no two are equal.
+    order = (scores.clamp(-1e4, 1e4) / step).round_().long().mul_(n).add_(index)
+    order.masked_fill_(~valid | (scores == NEVER), -1 - 2**62)
+    best = order.topk(min(top_k, n), dim=-1)
+    return best.indices.masked_fill(best.values < -(2**62), -1).sort(-1).values
+
+
+def distances(blocks: Tensor, recent: Tensor) -> Tensor:
+    """How many blocks before the local context each chosen block is placed: int64 like blocks [B, H, T, k].
+
+    The stingy allocation of section 3.2.1: the j-th of k chosen blocks lies k - j blocks back if it is one of the k newest
+    (`recent`, see score_blocks), else one more. Order is kept, exactly one of k + 1 places stays empty (all of the
+    newest: the first), and the k newest themselves get their true places.
+    """
+    k = blocks.shape[-1]
+    back = k - torch.arange(k, device=blocks.device)
+    old = blocks < recent[:, :1, None, None].clamp(min=0)
+    return back + old
+
+
+def attend_blocks(
+    turned: Turned, k: Tensor, v: Tensor, blocks: Tensor, recent: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Grouped softmax over fetched blocks alone: (out [B, H, T, D], lse [B, H, T]), to be merged with the local context.
+
+    k, v [B, H, T or 1, k, block_size, D], the blocks named by blocks [B, H, T or 1, k] (-1 = none) with their landmarks,
+    which gate them at their new places (so a gate is not the score by which the block was chosen).
+    """
+    dtype = torch.promote_types(torch.promote_types(k.dtype, turned(1).dtype), torch.float32)
+    count = blocks.shape[-1]
+    at = torch.stack([turned(d).to(dtype) for d in range(1, count + 2)], 3)  # [B, H, T, k + 1, D]
+    back = distances(blocks, recent) - 1
+    T = at.shape[2]
+    q = (
+        at.gather(3, back.expand(*at.shape[:2], T, -1)[..., None].expand(*at.shape[:3], count, at.shape[-1]))
+        * scale
+    )
+    if k.shape[2] == T:  # every query has its own blocks
+        scores = (k.to(dtype) @ q[..., None])[..., 0]  # [B, H, T, k, block_size]
+    else:  # all queries share them
+        scores = (q.transpose(2, 3) @ k[:, :, 0].to(dtype).mT).transpose(2, 3)
+    gate = scores[..., -1].masked_fill(blocks < 0, float("-inf"))
+    lse = gate.logsumexp(-1)
+    share = (gate - lse.clamp_min(torch.finfo(dtype).min)[..., None]).exp()
+    inner = scores[..., :-1].softmax(-1) * share[..., None]  # [B, H, T, k, block_size - 1]
+    v = v[..., :-1, :].to(dtype)
+    if v.shape[2] == T:
+        out = (inner.flatten(3)[..., None, :] @ v.flatten(3, 4))[..., 0, :]
+    else:
+        out = inner.flatten(3) @ v[:, :, 0].flatten(2, 3)
+    return out, lse
