@@ -53,22 +53,26 @@ def choose_blocks(scores: Tensor, valid: Tensor, top_k: int, granularity: str = 
 
     scores [B, H, T, n], -inf at queries that do not exist; valid bool [B or 1, n]; k = min(top_k, n). With "head" and "token"
     what is compared are probabilities among the cached blocks, the largest over the chunk's queries or over the heads.
-    Ties go to the newest block: in layer 0 all landmarks are the same vector. Scores are compared in steps of 1e-5 (float64: 1e-8), so
-    that rounding does not decide.
+    Ties go to the newest block: in layer 0 all landmarks are the same vector. Scores within 1e-5 (float64: 1e-8) of their size
+    are tied, so that rounding does not decide.
     """
-    valid = valid[:, None, None, :]
+    scores, size = scores.masked_fill(~valid[:, None, None, :], NEVER), 1.0
     if granularity != "head_and_token":
         dim = 2 if granularity == "head" else 1
-        scores = scores.masked_fill(~valid, NEVER).log_softmax(-1).nan_to_num(NEVER, neginf=NEVER)
-        scores = scores.amax(dim, keepdim=True)
+        size = scores.masked_fill(scores == NEVER, 0.0).abs().amax((dim, -1), keepdim=True).clamp_min(1)
+        scores = scores.log_softmax(-1).nan_to_num(NEVER, neginf=NEVER).amax(dim, keepdim=True)
     n = scores.shape[-1]
-    step = 1e-8 if scores.dtype == torch.float64 else 1e-5
-    index = torch.arange(n, device=scores.device)
-    # One whole number for score and age, so that no two are equal.
-    order = (scores.clamp(-1e4, 1e4) / step).round_().long().mul_(n).add_(index)
-    order.masked_fill_(~valid | (scores == NEVER), -1 - 2**62)
-    best = order.topk(min(top_k, n), dim=-1)
-    return best.indices.masked_fill(best.values < -(2**62), -1).sort(-1).values
+    k = min(top_k, n)
+    best = scores.topk(min(k + 1, n), dim=-1)
+    least, chosen = best.values[..., k - 1 : k], best.indices[..., :k]
+    margin = least.abs().clamp_min(size) * (1e-8 if scores.dtype == torch.float64 else 1e-5)
+    tied = ((best.values[..., k:] >= least - margin) & (least > NEVER)).any(-1)
+    if tied.any():  # hardly ever, but in layer 0
+        s, least, margin = scores[tied], least[tied], margin[tied]
+        # First what is better for sure, then the newest of those that are as good.
+        order = torch.arange(n, device=s.device) + n * (s > least + margin)
+        chosen[tied] = order.masked_fill_(s < least - margin, -1).topk(k, dim=-1).indices
+    return chosen.masked_fill(best.values[..., :k] == NEVER, -1).sort(-1).values
 
 
 def distances(blocks: Tensor, recent: Tensor) -> Tensor:
