@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from lcx import FocusedAttention
+from lcx import FocusedAttention, LandmarkAttention
 
 # family: (its configuration class, options, ties the head to the embedding, seed)
 FAMILIES = {
@@ -31,6 +31,7 @@ FAMILIES = {
     "qwen3": (Qwen3Config, {}, False, 3),  # RMSNorm on each head of q and k
 }
 VOCAB, LENGTH = 97, 24
+LANDMARK = VOCAB - 1  # in no input, and under Landmark Attention never predicted
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,20 @@ METHODS = {
             lambda model: FocusedAttention(memory_layers=(1,), window=8)(model),
             equals_plain=False,
             pieces=((8, 8, 8), (16, 8), (1,) * LENGTH),
+            regroups=True,
+        ),
+        # Blocks longer than the input: no landmark is reached.
+        Method("landmark", lambda model: LandmarkAttention(32, landmark_id=LANDMARK)(model)),
+        Method(
+            "landmark-dense",  # three tokens and a landmark to a block, all blocks in sight
+            lambda model: LandmarkAttention(4, top_k=None, landmark_id=LANDMARK)(model),
+            equals_plain=False,
+        ),
+        Method(
+            "landmark-blocks",  # chunks of six tokens, two of up to six earlier blocks fetched
+            lambda model: LandmarkAttention(4, top_k=2, window=8, landmark_id=LANDMARK)(model),
+            equals_plain=False,
+            pieces=((6, 6, 6, 6), (12, 12), (6, 18)),
             regroups=True,
         ),
     ]
@@ -93,8 +108,14 @@ def tiny_model(family: str, **changes) -> PreTrainedModel:
 
 
 def tokens(rows: int = 1, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
-    """int64 [rows, length] without the padding token 0."""
-    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """int64 [rows, length] without the padding token 0 and the landmark."""
+    ids = torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return ids.clamp(max=LANDMARK - 1)
+
+
+def of_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """The logits of what inputs consist of: a landmark's may be -inf."""
+    return logits[..., :LANDMARK]
 
 
 def logits(

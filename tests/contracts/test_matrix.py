@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from .conftest import LENGTH, VOCAB, logits, tiny_model, tokens
+from .conftest import LANDMARK, LENGTH, logits, of_tokens, tiny_model, tokens
 
 TOLERANCE = {
     "atol": 2e-4,
@@ -20,11 +20,11 @@ TOLERANCE = {
 def test_a_later_token_changes_no_earlier_logit(method, model):
     ids = tokens()
     with method.attach(model):
-        before = logits(model, ids)
+        before = of_tokens(logits(model, ids))
         for t in (1, LENGTH // 2, LENGTH - 1):
             changed = ids.clone()
-            changed[0, t] = ids[0, t] % (VOCAB - 1) + 1
-            after = logits(model, changed)
+            changed[0, t] = ids[0, t] % (LANDMARK - 1) + 1
+            after = of_tokens(logits(model, changed))
             assert_close(after[:, :t], before[:, :t], **TOLERANCE)
             assert (after[:, t:] - before[:, t:]).abs().amax(-1).min() > 1e-3, (
                 "the change must be seen from there on"
@@ -67,9 +67,9 @@ def test_one_shot_equals_pieces(method, model):
 
 def test_equals_the_plain_model_while_it_has_nothing_to_do(method, model):
     ids = tokens(rows=2)
-    plain = logits(model, ids)
+    plain = of_tokens(logits(model, ids))
     with method.attach(model):
-        inside = logits(model, ids)
+        inside = of_tokens(logits(model, ids))
     if method.equals_plain:
         assert_close(inside, plain, **TOLERANCE)
     else:
@@ -131,9 +131,9 @@ def test_half_precision(method, model, dtype, tolerance):
     ids = tokens(rows=2)
     half = copy.deepcopy(model).to(dtype)
     with method.attach(model):
-        exact = logits(model, ids)
+        exact = of_tokens(logits(model, ids))
     with method.attach(half):
-        rounded = logits(half, ids)
+        rounded = of_tokens(logits(half, ids))
     assert rounded.dtype == dtype and rounded.isfinite().all()
     error = (rounded.float() - exact).abs().mean() / exact.std()
     assert error < tolerance
