@@ -19,35 +19,40 @@ train_app = typer.Typer(
     help="Train a model of your own for a long context.",
 )
 
-
-@train_app.callback()
-def _train() -> None:
-    pass  # with a callback, a single command keeps its name
+# Options that every method has.
+Model = Annotated[
+    str, typer.Argument(help="A zoo name, a checkpoint folder, or a hub id owner/name.", show_default=False)
+]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        help="[bold]sotu[/bold], a text file, a .jsonl with a field text, or a folder of them. May be repeated.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", "-o", help="Folder of the new checkpoint. A killed run in it is resumed.", show_default=False
+    ),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
+Accumulation = Annotated[int, typer.Option(min=1, help="Batches per step.")]
+Checkpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+]
+LearningRate = Annotated[float | None, typer.Option(help="Constant.", show_default="2e-5, with LoRA 2e-4")]
+Seed = Annotated[int, typer.Option(help="Seed of order and adapters.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")]
+SaveSteps = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
 
 
 @train_app.command()
 def focused(
     ctx: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(help="A zoo name, a checkpoint folder, or a hub id owner/name.", show_default=False),
-    ],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            help="[bold]sotu[/bold], a text file, a .jsonl with a field text, or a folder of them. May be repeated.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Folder of the new checkpoint. A killed run in it is resumed.",
-            show_default=False,
-        ),
-    ],
+    model: Model,
+    data: Data,
+    out: Out,
     memory_layers: Annotated[
         str | None,
         typer.Option(
@@ -68,38 +73,79 @@ def focused(
     stepping: Annotated[
         bool, typer.Option(help="Earlier chunks of a document see less, the first nothing.")
     ] = True,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
+    steps: Steps = 1000,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Documents per process. Negatives come from these alone.")
     ] = 8,
-    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
-    ] = False,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Constant.", show_default="2e-5, with LoRA 2e-4")
-    ] = None,
+    gradient_accumulation: Accumulation = 1,
+    gradient_checkpointing: Checkpointing = False,
+    learning_rate: LearningRate = None,
     lora_rank: Annotated[
         int, typer.Option(min=0, help="Train LoRA adapters of this rank, merged at the end. 0: all weights.")
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of order and adapters.")] = 0,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
-    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+    seed: Seed = 0,
+    bf16: Bf16 = False,
+    save_steps: SaveSteps = 200,
 ) -> None:
     """Go on training a model so that some of its layers read a memory (Focused Transformer, LongLLaMA).
 
     On several GPUs: torchrun --nproc_per_node 8 -m lcx train focused …
     """
-    from .finetune import Settings, finetune
+    from .finetune_focused import FocusedSettings
 
-    options = ctx.params | {"data": tuple(data), "memory_layers": _numbers(memory_layers)}
+    _run(FocusedSettings, ctx.params | {"memory_layers": _numbers(memory_layers)})
+
+
+@train_app.command()
+def landmark(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    out: Out,
+    block_size: Annotated[int, typer.Option(help="Tokens of a block, the last of them its landmark.")] = 64,
+    train_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a row, landmarks included: a multiple of the block size.",
+            show_default="the model's window, at most 2048",
+        ),
+    ] = None,
+    steps: Steps = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per process.")] = 8,
+    gradient_accumulation: Accumulation = 1,
+    gradient_checkpointing: Checkpointing = False,
+    learning_rate: LearningRate = None,
+    lora_rank: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Train LoRA adapters of this rank and the landmark's embedding, merged at the end. 0: all weights.",
+        ),
+    ] = 0,
+    seed: Seed = 0,
+    bf16: Bf16 = False,
+    save_steps: SaveSteps = 200,
+) -> None:
+    """Go on training a model so that it finds blocks of its past through landmarks (Landmark Attention).
+
+    On several GPUs: torchrun --nproc_per_node 8 -m lcx train landmark …
+    """
+    from .finetune_landmark import LandmarkSettings
+
+    _run(LandmarkSettings, ctx.params)
+
+
+def _run(kind, options: dict) -> None:
+    from .finetune import finetune
+
+    options = options | {"data": tuple(options["data"])}
     where = {name: options.pop(name) for name in ("out", "save_steps")}
-    card = finetune(Settings(**options), **where, command=shlex.join(["lcx", *sys.argv[1:]]))
+    card = finetune(kind(**options), **where, command=shlex.join(["lcx", *sys.argv[1:]]))
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks
         return
     first, last = card["train_loss"][0], card["train_loss"][-1]
     print(
-        f"{out}: loss {first[1]:.3f} at step {first[0]}, {last[1]:.3f} at step {last[0]}, {card['tokens']:,} tokens"
+        f"{where['out']}: loss {first[1]:.3f} at step {first[0]}, {last[1]:.3f} at step {last[0]}, {card['tokens']:,} tokens"
     )
 
 

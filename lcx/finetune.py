@@ -1,4 +1,4 @@
-"""What `lcx train focused` does: go on training a model so that some of its layers read a memory (paper, section 4.1; LongLLaMA)."""
+"""What every `lcx train …` does: go on training a model inside a method, and leave a plain checkpoint with a card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 from .corpora import cached_texts, text
 from .errors import LcxError
 from .fetch import staging
-from .methods.focused import crossbatch_schedule
 from .results import made_by, write_json
 
 CHECKPOINTS = "checkpoints"  # inside the output folder, until training is finished
@@ -59,49 +59,12 @@ def _file(path: Path) -> list[str]:
         raise LcxError(f'{path}: every line must be a JSON object with a field "text"') from e
 
 
-def read_schedule(kind: str, values: str):
-    """(d for each step, all values it takes) from the words of the command line.
-
-    constant "3"; stepped "0:1,1000:7", from step 0 on 1, from step 1,000 on 7; sampled "2,128", one of them each step.
-    Raises LcxError if kind or values are none of these.
-    """
-    from .train import constant, sampled, stepped
-
-    try:
-        pairs = [tuple(int(n) for n in part.split(":")) for part in values.split(",")]
-        widths, taken = {len(pair) for pair in pairs}, [pair[-1] for pair in pairs]
-        if min(taken) >= 0:
-            if kind == "constant" and widths == {1} and len(pairs) == 1:
-                return constant(taken[0]), taken
-            if kind == "stepped" and widths == {2}:
-                return stepped(pairs), taken
-            if kind == "sampled" and widths == {1}:
-                return sampled(taken), taken
-    except ValueError:
-        pass
-    raise LcxError(
-        f"schedule {kind!r} with range {values!r}: use constant 3, stepped 0:1,1000:7, or sampled 2,128"
-    )
-
-
-def default_layers(count: int) -> tuple[int, ...]:
-    """Three layers at a quarter, half and three quarters of `count`: (6, 12, 18) of 26, as in LongLLaMA-3B."""
-    step = max(count // 4, 1)
-    return tuple(i for i in (step, 2 * step, 3 * step) if i < count) or (0,)
-
-
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what comes out of a training: the options of `lcx train focused`, which says what each is."""
+    """What decides what comes out of a training, whatever the method. A subclass adds the options of its method."""
 
     model: str
     data: tuple[str, ...]
-    memory_layers: tuple[int, ...] | None = None
-    window: int | None = None
-    chunks_per_doc: int = 4
-    schedule: str = "constant"
-    range: str = "3"
-    stepping: bool = True
     steps: int = 1000
     batch_size: int = 8
     gradient_accumulation: int = 1
@@ -111,26 +74,53 @@ class Settings:
     seed: int = 0
     bf16: bool = False
 
+    def check(self) -> None:
+        """Raise LcxError, before anything is read, if the settings do not fit each other."""
+        if self.lora_rank and importlib.util.find_spec("peft") is None:
+            raise LcxError("LoRA needs the package peft: python -m pip install peft")
+
+    def method(self, model, tokenizer, texts: Sequence[str]) -> Method:
+        """What the method brings. It may add tokens to model and tokenizer."""
+        raise TypeError(f"{type(self).__name__} names no method: use FocusedSettings or LandmarkSettings")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method brings to the common course of a training.
+
+    attention: model -> context manager in which the model computes. documents: a lcx.train.Documents, made inside that context; item: what
+    its items are called. fields: what config.json says of the method. new_tokens: tokens whose embeddings are new, so that LoRA
+    trains them too. trainer: called like transformers.Trainer, which it is by default.
+    """
+
+    about: str
+    attention: Callable
+    documents: Callable
+    item: str
+    fields: dict[str, Any]
+    new_tokens: tuple[int, ...] = ()
+    trainer: Callable | None = None
+
 
 def finetune(s: Settings, out: Path, save_steps: int = 200, command: str = "lcx.finetune") -> dict[str, Any]:
-    """Train s.model by crossbatch on s.data, write it to `out` and return the card.
+    """Train s.model on s.data by the method of s, write it to `out` and return the card.
 
-    `out` becomes a plain transformers checkpoint whose config has the memory fields of LongLLaMA. If a run was killed,
+    `out` becomes a plain transformers checkpoint whose config says what the method needs to know. If a run was killed,
     the same call goes on from its last checkpoint in `out`; a finished run is left as it is. Under torchrun all processes
     train and the first one writes.
 
     Raises LcxError in one line for settings that do not fit each other, the model or the data, or an `out` in use.
     """
     s = replace(s, learning_rate=s.learning_rate or (LORA_LEARNING_RATE if s.lora_rank else LEARNING_RATE))
-    ranges = _checked_ranges(s)
+    s.check()
     texts = read_texts(s.data)
 
     import torch
     from torch.utils.data import Subset
+    from transformers import Trainer
 
-    from .focused import FocusedAttention
     from .models import _no_progress_bars, load
-    from .train import CrossBatchTrainer, Documents, collate, packs
+    from .train import collate
     from .zoo.training import kept_random_state
 
     arguments = _arguments(s, out, save_steps)
@@ -142,42 +132,41 @@ def finetune(s: Settings, out: Path, save_steps: int = 200, command: str = "lcx.
         if card:
             return card
         lm, tokenizer = load(s.model, device="cpu", dtype=torch.float32)
-    window = s.window or min(lm.config.max_position_embeddings, 2048)
-    layers = s.memory_layers or default_layers(lm.config.num_hidden_layers)
-    use_cache, parameters = lm.config.use_cache, lm.num_parameters()  # Trainer and LoRA change them
     with kept_random_state(), _no_progress_bars():
         torch.manual_seed(s.seed)
-        model = _with_lora(lm, s.lora_rank) if s.lora_rank else lm
-        with FocusedAttention(layers, window)(model):
-            ids = (tokenizer(t, add_special_tokens=False, verbose=False).input_ids for t in texts)
-            marks = tokenizer.bos_token_id, tokenizer.eos_token_id
-            documents = Documents(ids, window, s.chunks_per_doc, *marks)
+        method = s.method(lm, tokenizer, texts)
+        use_cache, parameters = lm.config.use_cache, lm.num_parameters()  # Trainer and LoRA change them
+        model = _with_lora(lm, s.lora_rank, method.new_tokens) if s.lora_rank else lm
+        with method.attention(model):
+            documents = method.documents()
             batch = s.batch_size * s.gradient_accumulation * arguments.world_size
             if len(documents) < batch:
                 raise LcxError(
-                    f"the text gives {len(documents)} packs of {s.chunks_per_doc} chunks, one step needs {batch}: use "
-                    "more text, a smaller batch, or shorter or fewer chunks"
+                    f"the text gives {len(documents)} {method.item}, one step needs {batch}: use more text, a smaller "
+                    "batch, or fewer tokens in each"
                 )
-            lm.config.update(_memory_fields(layers, window, s.bf16))
-            trainer = CrossBatchTrainer(
+            lm.config.update(method.fields)
+            trainer = (method.trainer or Trainer)(
                 model=model,
                 args=arguments,
                 # Whole steps only: a smaller batch would have fewer negatives.
                 train_dataset=Subset(documents, range(len(documents) // batch * batch)),
                 data_collator=collate,
-                contexts=packs(s.chunks_per_doc, ranges, s.stepping),
             )
             before = time.time()
-            trainer.train(resume_from_checkpoint=resumed)
+            with warnings.catch_warnings():
+                # The whole embedding goes into checkpoints when it has grown, says peft. That is right.
+                warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+                trainer.train(resume_from_checkpoint=resumed)
             seconds = time.time() - before
         card = {
-            "about": f"{s.model}, trained by crossbatch to read a memory in layers {', '.join(map(str, layers))}",
+            "about": f"{s.model}, {method.about}",
             "data": f"{', '.join(s.data)}: {len(texts):,} documents, {documents.inputs.numel():,} tokens",
             "made_by": made_by(command, s.seed),
             "parameters": parameters,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "steps": trainer.state.global_step,
-            "tokens": trainer.state.global_step * batch * s.chunks_per_doc * window,
+            "tokens": trainer.state.global_step * batch * documents.inputs[0].numel(),
             "seconds": None if resumed else round(seconds),  # of a resumed training nobody knows
             "settings": settings,
             "train_loss": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
@@ -190,23 +179,6 @@ def finetune(s: Settings, out: Path, save_steps: int = 200, command: str = "lcx.
     return card
 
 
-def _checked_ranges(s: Settings):
-    ranges, taken = read_schedule(s.schedule, s.range)
-    if max(taken) and s.chunks_per_doc < 2:
-        raise LcxError(
-            f"range {s.range} with 1 chunk per document has no positives: use --chunks-per-doc 2 or more, or --range 0"
-        )
-    negatives = any(n for d in taken for _, n in crossbatch_schedule(s.chunks_per_doc, d, s.stepping))
-    if negatives and s.batch_size < 2:
-        raise LcxError(
-            f"range {s.range} asks for negatives, and 1 document per process has none: use --batch-size 2 or more, "
-            "or for positives only --chunks-per-doc 2 --range 1"
-        )
-    if s.lora_rank and importlib.util.find_spec("peft") is None:
-        raise LcxError("LoRA needs the package peft: python -m pip install peft")
-    return ranges
-
-
 def _arguments(s: Settings, out: Path, save_steps: int):
     import torch
     from transformers import TrainingArguments
@@ -215,7 +187,7 @@ def _arguments(s: Settings, out: Path, save_steps: int):
     if checkpointing not in TrainingArguments.__dataclass_fields__:  # older versions of transformers
         checkpointing = "gradient_checkpointing"
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(out / CHECKPOINTS),
             seed=s.seed,
             max_steps=s.steps,
@@ -242,6 +214,14 @@ def _arguments(s: Settings, out: Path, save_steps: int):
         )
     except ValueError as e:  # bf16 on a GPU that has none
         raise LcxError(" ".join(str(e).split())) from e
+    if (
+        arguments.n_gpu > 1
+    ):  # torch.nn.DataParallel copies the model without what the method has put in its place
+        raise LcxError(
+            f"{arguments.n_gpu} GPUs in one process: start with torchrun --nproc_per_node {arguments.n_gpu}, "
+            "or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
+    return arguments
 
 
 def _earlier(out: Path, settings: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
@@ -266,21 +246,14 @@ def _earlier(out: Path, settings: dict[str, Any]) -> tuple[dict[str, Any] | None
     return (found, None) if path == finished else (None, last)
 
 
-def _with_lora(model, rank: int):
+def _with_lora(model, rank: int, new_tokens: Sequence[int]):
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-
-
-def _memory_fields(layers: Sequence[int], window: int, bf16: bool) -> dict[str, Any]:
-    """What lcx.longllama reads from a config."""
-    return {
-        "max_position_embeddings": window,  # in LongLLaMA this is the local window
-        "mem_layers": list(layers),
-        "mem_positionals": True,
-        "mem_dtype": "bfloat16" if bf16 else "float32",
-        "last_context_length": max(window // 2, 1),  # LongLLaMA: 1,024 of 2,048
-    }
+    rows = list(new_tokens) or None
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", trainable_token_indices=rows
+    )
+    return get_peft_model(model, config)
 
 
 def _save(model, tokenizer, card: dict[str, Any], out: Path) -> None:

@@ -151,12 +151,13 @@ def compare(
 def smollm2_focused() -> dict[str, Any]:
     """SmolLM2-135M trained by crossbatch on State of the Union addresses: passkeys and loss by length (needs a GPU)."""
     from ..corpora import text
-    from ..finetune import Settings, finetune
+    from ..finetune import finetune
+    from ..finetune_focused import FocusedSettings
     from ..models import load
 
     _need_gpu("smollm2-focused")
     out = Path(kept("smollm2-focused")).with_suffix("")
-    settings = Settings(
+    settings = FocusedSettings(
         "smollm2-135m", ("sotu",), window=1024, steps=1000, batch_size=8, schedule="sampled", range="3,7,15"
     )
     card = finetune(settings, out, command="lcx measure smollm2-focused")

@@ -39,12 +39,13 @@ def test_shapes_are_those_of_the_released_models():
 
 @pytest.mark.slow
 def test_a_model_trained_by_crossbatch_is_compared_with_the_plain_one(tmp_path):
-    from lcx.finetune import Settings, finetune
+    from lcx.finetune import finetune
+    from lcx.finetune_focused import FocusedSettings
     from lcx.models import load
 
     text = tmp_path / "text.txt"
     text.write_text("The grass is green. The sky is blue. The sun is yellow. " * 400)
-    settings = Settings("lm-256", (str(text),), window=64, steps=4, batch_size=2, learning_rate=1e-3)
+    settings = FocusedSettings("lm-256", (str(text),), window=64, steps=4, batch_size=2, learning_rate=1e-3)
     card = finetune(settings, tmp_path / "out")
     assert card["steps"] == 4
     plain, tokenizer = load("lm-256", device="cpu")

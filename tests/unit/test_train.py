@@ -13,7 +13,8 @@ import torch
 import lcx
 from lcx import FocusedAttention, cli
 from lcx.errors import LcxError
-from lcx.finetune import Settings, default_layers, finetune, read_schedule, read_texts
+from lcx.finetune import finetune, read_texts
+from lcx.finetune_focused import FocusedSettings, default_layers, read_schedule
 from lcx.train import CrossBatchTrainer, Documents, collate, constant, lanes, packs, sampled, stepped
 
 CHUNK = 16
@@ -61,7 +62,7 @@ def quiet_cpu(monkeypatch):
 
 @pytest.fixture
 def settings(tiny):
-    return Settings(
+    return FocusedSettings(
         str(tiny),
         (str(tiny / "text.txt"),),
         window=CHUNK,
