@@ -27,7 +27,7 @@ SAMPLES = 4  # passkeys at each of five depths
 LAST = 256  # tokens whose loss is taken, at the end of each length
 
 
-def _need_gpu(what: str) -> None:
+def need_gpu(what: str) -> None:
     import torch
 
     if not torch.cuda.is_available():
@@ -90,7 +90,7 @@ def focused_shapes() -> dict[str, Any]:
     """Time and memory of LongLLaMA's 3B and 7B shapes with 262,144 tokens (random weights; needs a GPU)."""
     import torch
 
-    _need_gpu("focused-shapes")
+    need_gpu("focused-shapes")
     rows = []
     for name, shape in SHAPES.items():
         config = {**shape, "num_attention_heads": 32, "max_position_embeddings": WINDOW[name]}
@@ -101,37 +101,28 @@ def focused_shapes() -> dict[str, Any]:
     return {"rows": rows}
 
 
-def compare(
-    plain, tuned, tokenizer, texts, lengths, *, samples: int = SAMPLES, last: int = LAST
-) -> list[dict]:
-    """Passkeys and loss by length: a model as it is, with an untrained memory, and trained for one.
+def by_length(
+    ways: dict, tokenizer, texts, *, samples: int = SAMPLES, last: int = LAST, partial=None
+) -> list[dict[str, Any]]:
+    """Passkeys and loss by length for several ways to run a model.
 
-    plain, tuned: models of one architecture; tuned has memory fields in its config. texts: token lists; the loss of the last
-    `last` tokens of each length is taken on all that are long enough. Rows of model, length, passkeys, loss (None if no text is long enough).
+    ways: name -> (model, what makes the context manager to run it in, lengths in tokens). texts: token lists; the loss of the last
+    `last` tokens of each length is taken on all that are long enough. partial: name -> file that keeps finished passkeys. Rows of
+    model, length, passkeys, of, loss (None if no text is long enough), texts.
     """
     import torch
 
     from ..evaluate import grid, table
-    from ..focused import FocusedAttention
     from ..tasks import passkey
 
-    settings = FocusedAttention.of(tuned)
-    ways = {
-        "plain": (plain, nullcontext),
-        "memory, not trained for it": (plain, lambda: settings(plain)),
-        "trained by crossbatch": (tuned, lambda: settings(tuned)),
-    }
     rows = []
-    for name, (model, attached) in ways.items():
+    for name, (model, attached, lengths) in ways.items():
+        keep = {"partial": partial(name)} if partial else {}
         with attached():
             for length in lengths:
+                depths = (0, 0.25, 0.5, 0.75, 1)
                 found = grid(
-                    model,
-                    tokenizer,
-                    passkey.sample,
-                    lengths=[length],
-                    depths=(0, 0.25, 0.5, 0.75, 1),
-                    n=samples,
+                    model, tokenizer, passkey.sample, lengths=[length], depths=depths, n=samples, **keep
                 )
                 losses = []
                 for ids in (t[:length] for t in texts if len(t) >= length):
@@ -147,6 +138,21 @@ def compare(
     return rows
 
 
+def compare(
+    plain, tuned, tokenizer, texts, lengths, *, samples: int = SAMPLES, last: int = LAST
+) -> list[dict[str, Any]]:
+    """`by_length` for a model as it is, with an untrained memory, and trained for one, which its config says."""
+    from ..focused import FocusedAttention
+
+    settings = FocusedAttention.of(tuned)
+    ways = {
+        "plain": (plain, nullcontext, lengths),
+        "memory, not trained for it": (plain, lambda: settings(plain), lengths),
+        "trained by crossbatch": (tuned, lambda: settings(tuned), lengths),
+    }
+    return by_length(ways, tokenizer, texts, samples=samples, last=last)
+
+
 @measurement("smollm2-focused", model=None, seed=0)
 def smollm2_focused() -> dict[str, Any]:
     """SmolLM2-135M trained by crossbatch on State of the Union addresses: passkeys and loss by length (needs a GPU)."""
@@ -155,7 +161,7 @@ def smollm2_focused() -> dict[str, Any]:
     from ..finetune_focused import FocusedSettings
     from ..models import load
 
-    _need_gpu("smollm2-focused")
+    need_gpu("smollm2-focused")
     out = Path(kept("smollm2-focused")).with_suffix("")
     settings = FocusedSettings(
         "smollm2-135m", ("sotu",), window=1024, steps=1000, batch_size=8, schedule="sampled", range="3,7,15"
