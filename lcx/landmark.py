@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention import Heads, attach, causal_lm, replaced
 from .errors import LcxError
-from .landmark_cache import PAGE_TOKENS, LandmarkCache, Layout, chunks
+from .landmark_cache import LandmarkCache, Layout, chunks
 from .long_model import LongModel
 from .memory import Memory
 from .methods.landmark import landmark_attention
@@ -140,7 +140,7 @@ class _Enough(Exception):
 
 
 @dataclass
-class _Dense:
+class Dense:
     """Whole rows at once: cos, sin [B, T, D / 2] of the positions and which tokens exist, None for all."""
 
     cos: Tensor
@@ -149,7 +149,9 @@ class _Dense:
 
 
 @dataclass
-class _Chunk:
+class Chunk:
+    """What the layers need of one chunk, and what they leave in `local`."""
+
     layout: Layout
     cache: LandmarkCache
     length: Tensor  # int64 [B], of the local context
@@ -189,7 +191,6 @@ class Landmark(LongModel):
             dtype=s.dtype,
             folder=s.folder,
             max_tokens=None if s.max_blocks is None else s.max_blocks * s.block_size,
-            page_tokens=max(1, PAGE_TOKENS // s.block_size) * s.block_size,
         )
         return LandmarkCache.upgrade(cache, memory, s.block_size)
 
@@ -247,7 +248,7 @@ class Landmark(LongModel):
         (layout,) = chunks(real, none, s.block_size, None)
         cos, sin = self._rotation(int(layout.positions.max()) + 1, inputs)
         mask = None if layout.uniform else layout.real
-        job = _Dense(cos[layout.positions], sin[layout.positions], mask)
+        job = Dense(cos[layout.positions], sin[layout.positions], mask)
         hidden = self._decoder(inputs, layout, job)
         return self._outputs([(layout, hidden)], columns)
 
@@ -262,7 +263,7 @@ class Landmark(LongModel):
             length = torch.where(layout.length < 0, cache.tail_length, layout.length)
             k = cache.blocks if s.top_k is None else s.top_k
             recent = cache.recent(k) if cache.blocks else None
-            job = _Chunk(layout, cache, length, recent, {}, None if wanted else last)
+            job = Chunk(layout, cache, length, recent, {}, None if wanted else last)
             try:
                 hidden = self._decoder(inputs, layout, job)
                 parts.append((layout, hidden))
@@ -315,10 +316,10 @@ class Landmark(LongModel):
     def attend(self, h: Heads) -> Tensor:
         """Grouped softmax over the local context and, at inference, the fetched blocks."""
         job = h.extra.get("landmark")
-        if isinstance(job, _Dense):
+        if isinstance(job, Dense):
             q, k = rotate(h.q, job.cos, job.sin), rotate(h.k, job.cos, job.sin)
             return landmark_attention(q, k, h.v, self.settings.block_size, h.scale, job.mask)
-        if not isinstance(job, _Chunk):
+        if not isinstance(job, Chunk):
             raise LcxError(
                 "inside LandmarkAttention call the model itself, not its decoder: model(input_ids)"
             )
@@ -327,7 +328,7 @@ class Landmark(LongModel):
             parts.append(self._fetched(h, job))
         return merge(parts)[0]
 
-    def _local(self, h: Heads, job: _Chunk) -> tuple[Tensor, Tensor]:
+    def _local(self, h: Heads, job: Chunk) -> tuple[Tensor, Tensor]:
         """The chunk and the unfinished block before it."""
         size, at = self.settings.block_size, job.layout.positions
         L = int(job.length.max())
@@ -353,7 +354,7 @@ class Landmark(LongModel):
             2, at[:, None].expand(q.shape[:3])
         )
 
-    def _fetched(self, h: Heads, job: _Chunk) -> tuple[Tensor, Tensor]:
+    def _fetched(self, h: Heads, job: Chunk) -> tuple[Tensor, Tensor]:
         """Score the landmarks of all blocks, fetch the best, attend to them: tile by tile of queries, if they choose for themselves."""
         s, cache = self.settings, job.cache
         size, at, k = s.block_size, job.layout.positions, job.recent.shape[1]
@@ -366,7 +367,7 @@ class Landmark(LongModel):
         parts, opened = [], []
         for start in range(0, T, tile):
             rows = slice(start, start + tile)
-            turned = _turned(h.q[:, :, rows], at[:, rows], size, *self._table)
+            turned = _turned(h.q[:, :, rows], at[:, rows], size, k + 1, *self._table)
             scores = score_blocks(turned, landmarks, job.recent, h.scale)
             scores = scores.masked_fill(~job.layout.real[:, None, rows, None], float("-inf"))
             blocks = choose_blocks(scores, cache.valid, k, s.granularity)
@@ -379,7 +380,7 @@ class Landmark(LongModel):
         out, lse = zip(*parts, strict=True)
         return torch.cat(out, 2), torch.cat(lse, 2)
 
-    def _record(self, layer: int, job: _Chunk, blocks: Tensor) -> None:
+    def _record(self, layer: int, job: Chunk, blocks: Tensor) -> None:
         cache = job.cache
         ordinals = cache.ordinals()
         row = torch.arange(len(blocks), device=blocks.device).view(-1, 1, 1, 1)
@@ -389,20 +390,13 @@ class Landmark(LongModel):
         self._trace.append(Opened(layer, positions.cpu(), named.cpu()))
 
 
-def _turned(q: Tensor, at: Tensor, size: int, cos: Tensor, sin: Tensor):
-    """distance in blocks -> q as it sees a block at that distance. Computed once each."""
-    done: dict[int, Tensor] = {}
-
-    def turned(distance: int) -> Tensor:
-        if distance not in done:
-            place = at + distance * size
-            done[distance] = rotate(q, cos[place], sin[place])
-        return done[distance]
-
-    return turned
+def _turned(q: Tensor, at: Tensor, size: int, count: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """q [B, H, T, D] as it sees blocks 1 … count blocks back: [B, H, T, count, D]."""
+    place = (at[..., None] + size * torch.arange(1, count + 1, device=at.device)).flatten(1)
+    return rotate(q.repeat_interleave(count, 2), cos[place], sin[place]).unflatten(2, (-1, count))
 
 
-def _placed(new: Tensor, tail: Tensor | None, job: _Chunk, length: int) -> Tensor:
+def _placed(new: Tensor, tail: Tensor | None, job: Chunk, length: int) -> Tensor:
     """Local tokens in their places [B, heads, length, D]: those of the unfinished block, then those of the chunk."""
     if job.layout.uniform:
         return new if tail is None or not tail.shape[2] else torch.cat([tail, new], 2)

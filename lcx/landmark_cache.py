@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from .errors import LcxError
 from .memory import Memory
 
-PAGE_TOKENS = 4096  # of the memory, rounded down to whole blocks
+PAGE_TOKENS = 4096  # of the first page of the memory
 
 
 class LandmarkCache(DynamicCache):
@@ -103,6 +103,8 @@ class LandmarkCache(DynamicCache):
         if count:
             span = count * size
             there = torch.arange(count, device=full.device) < full[:, None]
+            # Pages grow with the memory: few to look into, and at most a quarter allocated in vain.
+            self.memory.page_tokens = max(1, max(PAGE_TOKENS, len(self.memory) // 4) // size) * size
             self.memory.append({i: (k[:, :, :span], v[:, :, :span]) for i, (k, v) in local.items()})
             for i, (k, _) in local.items():
                 new, old = k[:, :, size - 1 : span : size], self.landmarks.get(i)
@@ -133,38 +135,39 @@ class LandmarkCache(DynamicCache):
 
         Only these blocks are read, wherever they are. Query head h reads key head h // (H // Hkv).
         """
-        size, (rows, heads) = self.block_size, blocks.shape[:2]
-        _, kv_heads, width = self.memory.shape
-        row = torch.arange(rows, device=blocks.device).view(-1, 1, 1, 1).expand_as(blocks)
-        head = torch.arange(heads, device=blocks.device).view(1, -1, 1, 1).expand_as(blocks) // (
-            heads // kv_heads
-        )
-        out, start = None, 0
-        wanted = blocks.clamp(min=0)
-        for segment in self.memory.segments:
-            n = len(segment) // size
-            some = (wanted >= start) & (wanted < start + n)
-            whole = len(self.memory.segments) == 1
-            if whole or some.any():
-                kv = segment.page.kv[layer].unflatten(3, (-1, size))
-                index = (wanted if whole else wanted[some]) - start + segment.start // size
-                r, h = (row, head) if whole else (row[some], head[some])
-                r = (
-                    r * 0
-                    if segment.page.rows == 1
-                    else r
-                    if segment.rows is None
-                    else segment.rows.to(r.device)[r]
-                )
-                got = kv[(slice(None), *(x.to(kv.device) for x in (r, h, index)))].to(blocks.device)
-                if whole:
-                    out = got
-                else:
-                    out = got.new_empty(2, *blocks.shape, size, width) if out is None else out
-                    out[:, some] = got
-            start += n
-        self.traffic["blocks"] += 2 * int((blocks >= 0).sum()) * size * width * out.element_size()
-        return out[0], out[1]
+        size, (rows, heads), segments = self.block_size, blocks.shape[:2], self.memory.segments
+        device, wanted = blocks.device, blocks.clamp(min=0).flatten()
+        group = heads // self.memory.shape[1]
+        each = torch.arange(rows * heads, device=device).repeat_interleave(blocks[0, 0].numel())
+        row, head = each // heads, each % heads // group
+        ends = torch.tensor([len(s) // size for s in segments], device=device).cumsum(0)
+        page = torch.bucketize(wanted, ends, right=True)
+        touched = page.unique().tolist() if len(segments) > 1 else [0]
+        out = None
+        for p in touched:
+            segment, some = segments[p], (page == p).nonzero()[:, 0] if len(touched) > 1 else slice(None)
+            index = wanted[some] - (ends[p] - (len(segment) - segment.start) // size)
+            r = row[some] if segment.rows is None else segment.rows.to(device)[row[some]]
+            r = torch.zeros_like(r) if segment.page.rows == 1 else r
+            kv = segment.page.kv[
+                layer
+            ]  # [2, rows, Hkv, slots, D], contiguous: a block is one row of what follows
+            flat = ((r * kv.shape[2] + head[some]) * (kv.shape[3] // size) + index).to(kv.device)
+            both = torch.cat([flat, flat + kv[0].numel() // (size * kv.shape[4])])
+            got = (
+                kv.view(-1, size * kv.shape[4])
+                .index_select(0, both)
+                .view(2, -1, size, kv.shape[4])
+                .to(device)
+            )
+            if len(touched) == 1:
+                out = got
+            else:
+                out = got.new_empty(2, len(wanted), *got.shape[2:]) if out is None else out
+                out[:, some] = got
+        self.traffic["blocks"] += int((blocks >= 0).sum()) * 2 * size * out.shape[-1] * out.element_size()
+        k, v = out.unflatten(1, blocks.shape)
+        return k, v
 
     def fork(self) -> LandmarkCache:
         """A cache that starts with all this one holds. The memory is shared, not copied; neither sees later tokens of the other."""

@@ -62,7 +62,7 @@ def top_k(memory, layer: int, q: Tensor, scale: float, approximate: bool) -> tup
     waiting = []  # one topk over many tiles is far faster than one per tile
     exact = []
     for first, segment in numbered(memory):
-        if approximate and segment.stop == memory.page_tokens:
+        if approximate and segment.stop == segment.page.slots:
             best = keep_best(best, *search(segment, layer, q, k, first))
         else:
             exact.append((first, segment))

@@ -35,7 +35,7 @@ class Memory:
     the first keys. max_tokens: the most slots kept; the oldest slots go first, masked ones count, and what is
     allocated exceeds them by at most a page at each end. top_k: per query and head, attend only to the k slots of
     highest score. lookup: how these are found, "exact" or "faiss" (lcx.lookup; it keeps a float32 copy of the keys of
-    full pages). page_tokens: None = 1,024, with faiss 16,384, as every full page is indexed by itself.
+    full pages). page_tokens: of the next page; None = 1,024, with faiss 16,384, as every full page is indexed by itself.
 
     No gradient flows through a memory: what is appended is detached, and so is what `attend` returns.
     Raises LcxError, in one line, for bad settings, bad shapes, and when there is no room to grow.
@@ -125,14 +125,12 @@ class Memory:
             last = Segment(page, 0, len(last))
             page.filled = last.stop
         # Free slots of a page belong to the first fork that writes there; the others start a page of their own.
-        room = (
-            last is not None and last.page.filled == last.stop < self.page_tokens and last.page.rows == rows
-        )
-        free = self.page_tokens - last.stop if room else 0
+        room = last is not None and last.page.filled == last.stop < last.page.slots and last.page.rows == rows
+        free = last.page.slots - last.stop if room else 0
         missing = math.ceil(max(0, tokens - done - free) / self.page_tokens)
         targets = [last] * room + [Segment(self._new_page(kv, dtype), 0, 0) for _ in range(missing)]
         for target in targets:
-            n = min(self.page_tokens - target.stop, tokens - done)
+            n = min(target.page.slots - target.stop, tokens - done)
             part = {i: (k[:, :, done : done + n], v[:, :, done : done + n]) for i, (k, v) in kv.items()}
             target.page.write(target.stop, part, None if mask is None else mask[:, done : done + n])
             written.append(replace(target, stop=target.stop + n))

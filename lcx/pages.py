@@ -18,13 +18,13 @@ class Page:
     """Room for P slots of every memory layer, allocated once and never moved.
 
     kv: {layer: [2, B, Hkv, P, D]}, keys, then values. mask: bool [B, P], or None while every slot exists for every
-    row. filled: slots written so far, by whichever fork. indexes: what lcx.lookup has built over the full page.
+    row. slots: P. filled: slots written so far, by whichever fork. indexes: what lcx.lookup has built over the full page.
     """
 
     def __init__(self, kv: dict[int, Tensor]):
         self.kv, self.mask, self.filled, self.indexes = kv, None, 0, {}
         any_layer = next(iter(kv.values()))
-        self.rows, self.device = any_layer.shape[1], any_layer.device
+        self.rows, self.slots, self.device = any_layer.shape[1], any_layer.shape[3], any_layer.device
 
     def write(self, at: int, kv: dict[int, tuple[Tensor, Tensor]], mask: Tensor | None) -> None:
         """Copy k, v [B, Hkv, n, D] of every layer, and mask [B, n], to the slots from `at` on."""
@@ -33,8 +33,7 @@ class Page:
                 room[:, :, at : at + new.shape[2]].copy_(new)
         if mask is not None:
             if self.mask is None:
-                slots = next(iter(self.kv.values())).shape[3]
-                self.mask = torch.ones(self.rows, slots, dtype=torch.bool, device=self.device)
+                self.mask = torch.ones(self.rows, self.slots, dtype=torch.bool, device=self.device)
             self.mask[:, at : at + mask.shape[1]] = mask
 
 

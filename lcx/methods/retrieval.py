@@ -2,12 +2,10 @@
 
 Blocks lie in a cache, oldest first, their keys rotated by their offset inside the block. Where a block stands is then a matter
 of the query alone: q at position P sees a block d blocks before the local context as R(P + d * block_size) q.
-`turned(d)` below is that query [B, H, T, D]. Only k + 1 different d occur, whatever the length of the text.
+`turned` [B, H, T, k + 1, D] holds it for d = 1 … k + 1: no other d occurs, whatever the length of the text.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,35 +15,29 @@ from torch import Tensor
 GRANULARITIES = ("head_and_token", "head", "token")
 
 NEVER = float("-inf")
-Turned = Callable[[int], Tensor]
 
 
-def score_blocks(turned: Turned, landmarks: Tensor, recent: Tensor, scale: float) -> Tensor:
+def score_blocks(turned: Tensor, landmarks: Tensor, recent: Tensor, scale: float) -> Tensor:
     """Scores of every query on every cached landmark, [B, H, T, n].
 
-    landmarks [B or 1, Hkv, n, D]; recent int64 [B or 1, k], indices of each row's k newest blocks in ascending order, -1 where it
-    has fewer. These are scored at their true distance; all older blocks share the distance of k + 1 blocks, so that no
-    distance exceeds what was trained.
+    turned [B, H, T, k + 1, D]; landmarks [B or 1, Hkv, n, D]; recent int64 [B or 1, k], indices of each row's k newest blocks in
+    ascending order, -1 where it has fewer. These are scored at their true distance; all older blocks share the distance of
+    k + 1 blocks, so that no distance exceeds what was trained.
     """
-    k = recent.shape[1]
-    scores = _on_landmarks(turned(k + 1), landmarks) * scale
-    for m in range(k, 0, -1):  # from the oldest on: a missing block (-1) writes to block 0 what is there
-        index = recent[:, -m]
-        keys = landmarks.gather(
-            2, index.clamp(min=0)[:, None, None, None].expand(-1, *landmarks[0, :, :1].shape)
-        )
-        near = _on_landmarks(turned(m), keys) * scale
-        index = index[:, None, None, None].expand_as(near)
-        there = scores.gather(-1, index.clamp(min=0))
-        scores.scatter_(-1, index.clamp(min=0), torch.where(index < 0, there, near))
-    return scores
-
-
-def _on_landmarks(q: Tensor, keys: Tensor) -> Tensor:
-    """q [B, H, T, D] on keys [B or 1, Hkv, n, D] -> [B, H, T, n], heads of a group on their key head."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.to(dtype).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # [B, Hkv, H // Hkv * T, D]
-    return (grouped @ keys.to(dtype).mT).view(*q.shape[:3], -1)
+    (B, H, T, _, D), heads = turned.shape, landmarks.shape[1]
+    dtype = torch.promote_types(turned.dtype, torch.float32)
+    turned, landmarks = turned.to(dtype) * scale, landmarks.to(dtype)
+    far = turned[..., -1, :].reshape(B, heads, -1, D)  # GQA: the heads of a group as more queries
+    scores = (far @ landmarks.mT).view(B, H, T, -1)
+    # Where a row has fewer, its newest block is written once more.
+    known = torch.where(recent < 0, recent[:, -1:], recent).clamp(min=0)
+    keys = landmarks.gather(
+        2, known[:, None, :, None].expand(len(known), heads, -1, D).expand(len(landmarks), -1, -1, -1)
+    )
+    near = turned[..., :-1, :].flip(3).unflatten(1, (heads, -1))  # from k blocks back to 1
+    near = torch.einsum("bhgtkd,bhkd->bhgtk", near, keys.expand(B, -1, -1, -1)).flatten(1, 2)
+    near = torch.where(recent[:, None, None] < 0, near[..., -1:], near)
+    return scores.scatter_(-1, known[:, None, None].expand_as(near), near)
 
 
 def choose_blocks(scores: Tensor, valid: Tensor, top_k: int, granularity: str = GRANULARITIES[0]) -> Tensor:
@@ -89,22 +81,17 @@ def distances(blocks: Tensor, recent: Tensor) -> Tensor:
 
 
 def attend_blocks(
-    turned: Turned, k: Tensor, v: Tensor, blocks: Tensor, recent: Tensor, scale: float
+    turned: Tensor, k: Tensor, v: Tensor, blocks: Tensor, recent: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Grouped softmax over fetched blocks alone: (out [B, H, T, D], lse [B, H, T]), to be merged with the local context.
 
     k, v [B, H, T or 1, k, block_size, D], the blocks named by blocks [B, H, T or 1, k] (-1 = none) with their landmarks,
     which gate them at their new places (so a gate is not the score by which the block was chosen).
     """
-    dtype = torch.promote_types(torch.promote_types(k.dtype, turned(1).dtype), torch.float32)
-    count = blocks.shape[-1]
-    at = torch.stack([turned(d).to(dtype) for d in range(1, count + 2)], 3)  # [B, H, T, k + 1, D]
-    back = distances(blocks, recent) - 1
-    T = at.shape[2]
-    q = (
-        at.gather(3, back.expand(*at.shape[:2], T, -1)[..., None].expand(*at.shape[:3], count, at.shape[-1]))
-        * scale
-    )
+    dtype = torch.promote_types(torch.promote_types(k.dtype, turned.dtype), torch.float32)
+    T = turned.shape[2]
+    back = (distances(blocks, recent) - 1).expand(*turned.shape[:3], -1)
+    q = turned.to(dtype).gather(3, back[..., None].expand(-1, -1, -1, -1, turned.shape[-1])) * scale
     if k.shape[2] == T:  # every query has its own blocks
         scores = (k.to(dtype) @ q[..., None])[..., 0]  # [B, H, T, k, block_size]
     else:  # all queries share them

@@ -51,13 +51,13 @@ class Text:
         self.stored = stored.unflatten(2, (-1, B)), self.v[:, :, : n * B].unflatten(2, (-1, B))
         self.landmarks = self.stored[0][:, :, :, -1]
 
-    def turned(self, distance, base=0):
-        return at(self.new, self.here + distance * B + base)
+    def turned(self, k, base=0):
+        return torch.stack([at(self.new, self.here + d * B + base) for d in range(1, k + 2)], 3)
 
     def scores(self, k, base=0):
-        return score_blocks(
-            lambda d: self.turned(d, base), self.landmarks, newest(self.n, k), self.new.shape[-1] ** -0.5
-        )
+        recent = newest(self.n, k)
+        turned = self.turned(recent.shape[1], base)
+        return score_blocks(turned, self.landmarks, recent, self.new.shape[-1] ** -0.5)
 
     def fetch(self, blocks):
         """[1, H, T, k, B, D], every query head from its key head."""
@@ -72,7 +72,7 @@ class Text:
 
     def attend(self, blocks, recent):
         blocks = blocks.expand(-1, self.q.shape[1], self.new.shape[2], -1)
-        return attend_blocks(self.turned, *self.fetch(blocks), blocks, recent, D**-0.5)
+        return attend_blocks(self.turned(blocks.shape[-1]), *self.fetch(blocks), blocks, recent, D**-0.5)
 
 
 # Places -------------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_the_newest_blocks_are_dense_attention_over_the_suffix(tail, chunk, shar
     blocks = recent[:, None, None]
     if shared:
         fetched = text.fetch(blocks.expand(1, 2, 1, k))
-        part = attend_blocks(text.turned, *fetched, blocks.expand(1, 2, 1, k), recent, D**-0.5)
+        part = attend_blocks(text.turned(k), *fetched, blocks.expand(1, 2, 1, k), recent, D**-0.5)
     else:
         part = text.attend(blocks, recent)
     out = merge([text.local(), part])[0]
