@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .errors import UnsupportedModelError
+from .errors import LcxError, UnsupportedModelError
 
 # Their attention is: project, RMSNorm per head if there is a q_norm, rotate, attend, project.
 SUPPORTED = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -59,6 +59,13 @@ def causal_lm(model):
     return model
 
 
+def check_free(model) -> None:
+    """Raise LcxError if a method is attached to the model already: two would undo each other's work."""
+    modules = [model, *(layer.self_attn for layer in model.model.layers)]
+    if any(getattr(vars(module).get("forward"), "of_lcx", False) for module in modules):
+        raise LcxError("the model is already inside a method: leave that `with` first")
+
+
 def project(module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q [B, H, T, D], k and v [B, Hkv, T, D] of hidden states x [B, T, hidden], before RoPE."""
     shape = (*x.shape[:-1], -1, module.head_dim)
@@ -72,6 +79,7 @@ def project(module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 def replaced(module, forward: Callable) -> Iterator[None]:
     """`module.forward` is `forward` inside the context and what it was before afterwards, whatever happens."""
     before = module.__dict__.get("forward")  # only there if somebody else has replaced it
+    forward.of_lcx = True
     module.forward = forward
     try:
         yield

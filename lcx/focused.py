@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .attention import Heads, attach, causal_lm, replaced
+from .attention import Heads, attach, causal_lm, check_free, replaced
 from .errors import LcxError
 from .focused_cache import FocusedCache, fingerprint
 from .long_model import LongModel
@@ -67,7 +67,7 @@ class FocusedAttention:
 
     @contextmanager
     def __call__(self, model) -> Iterator[Focused]:
-        inner = causal_lm(model)
+        check_free(inner := causal_lm(model))
         focused = Focused(self._checked(inner.config), inner)
         with ExitStack() as stack:
             stack.enter_context(attach(inner, dict.fromkeys(focused.settings.memory_layers, focused.attend)))

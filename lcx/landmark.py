@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .attention import Heads, attach, causal_lm, replaced
+from .attention import Heads, attach, causal_lm, check_free, replaced
 from .errors import LcxError
 from .landmark_cache import LandmarkCache, Layout, chunks
 from .long_model import LongModel
@@ -79,7 +79,7 @@ class LandmarkAttention:
 
     @contextmanager
     def __call__(self, model) -> Iterator[Landmark]:
-        inner = causal_lm(model)
+        check_free(inner := causal_lm(model))
         landmark = Landmark(self._checked(inner), inner)
         with ExitStack() as stack:
             everywhere = range(inner.config.num_hidden_layers)
@@ -91,8 +91,6 @@ class LandmarkAttention:
         config, size, k = model.config, self.block_size, self.top_k
         longest = config.max_position_embeddings
         length = self.train_length or getattr(config, "train_context_length", None) or longest
-        if "forward" in vars(model) or any("forward" in vars(x.self_attn) for x in model.model.layers):
-            raise LcxError("the model is already inside a method: leave that context first")
         if not 2 <= size <= length <= longest:
             raise LcxError(
                 f"block_size {size} and train_length {length} do not fit: 2 <= block_size <= train_length <= {longest}, "
