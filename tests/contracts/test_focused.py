@@ -191,13 +191,15 @@ def test_a_prepared_memory_answers_many_questions_and_stays_as_it_is(model, tmp_
         whole = torch.cat([document[:, :24], questions[:1]], 1)
         state24 = focused.remember(document[:, :24])
         joined = logits(model, questions[:1], past_key_values=state24.fork())
-        with FocusedAttention((1,), window=WINDOW, last_context=5)(model):
-            assert_close(joined, logits(model, whole)[:, -5:], **TOLERANCE)
         answer = model.generate(questions, past_key_values=state.fork(), max_new_tokens=12, do_sample=False)
         assert answer.shape == (3, 17) and len(state.memory) == 29
         path = focused.save(state, tmp_path / "memory.safetensors")
         loaded = focused.load(path)
         assert torch.equal(logits(model, questions[:1], past_key_values=loaded), first)
+        with pytest.raises(LcxError, match="already inside"), FocusedAttention((1,), window=WINDOW)(model):
+            pass
+    with FocusedAttention((1,), window=WINDOW, last_context=5)(model):
+        assert_close(joined, logits(model, whole)[:, -5:], **TOLERANCE)
     other = tiny_model("llama", hidden_size=64)
     with FocusedAttention((1,), window=WINDOW)(other) as focused, pytest.raises(LcxError, match="model"):
         focused.load(path)
