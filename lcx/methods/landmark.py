@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LcxError
+from ..kernels import landmark as kernel
 
 TILE = 128  # queries in a tile of the blocked form: small enough for a CPU's cache
 
@@ -86,7 +87,10 @@ def landmark_attention(
             "documents start at the start of a block"
         )
     scale = D**-0.5 if scale is None else scale
-    out, lse = _Landmark.apply(q, k, v, block_size, scale, mask, documents)
+    if q.is_cuda and kernel.supports(q, k, v, block_size, mask, documents):
+        out, lse = kernel.fused(q, k, v, block_size, scale)  # the same in one kernel
+    else:
+        out, lse = _Landmark.apply(q, k, v, block_size, scale, mask, documents)
     return (out, lse) if return_lse else out
 
 
