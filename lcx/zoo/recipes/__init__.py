@@ -40,7 +40,7 @@ class Recipe:
 
 def recipes() -> dict[str, Recipe]:
     """All recipes by name, in the order in which the book needs them."""
-    from . import dictionary, lm_256, needle_64, needle_memory, topic
+    from . import dictionary, landmark_256, landmark_text, lm_256, needle_64, needle_memory, topic
 
     return {
         r.name: r
@@ -50,5 +50,7 @@ def recipes() -> dict[str, Recipe]:
             *topic.RECIPES,
             *needle_memory.RECIPES,
             *dictionary.RECIPES,
+            *landmark_256.RECIPES,
+            landmark_text.RECIPE,
         )
     }
