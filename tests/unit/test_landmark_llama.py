@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lcx
-from lcx import cli, landmark_llama
+from lcx import LandmarkAttention, cli, landmark_llama
 from lcx.errors import CorruptFileError, LcxError, ModelNotFoundError
 from lcx.landmark_llama import make_diff, recover
 from lcx.weights import Weights
@@ -159,8 +159,15 @@ def test_it_loads_with_its_tokenizer_and_fields(pair, folders, tmp_path):
     tuned.load_state_dict(pair[1])
     ids = tokenizer("the sky is blue", return_tensors="pt").input_ids
     assert ids[0, 0] == 1 and ids.max() < 32
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, tuned(ids).logits, rtol=0, atol=1e-4)
+    with torch.no_grad(), LandmarkAttention.of(model)(model) as landmark:
+        s = landmark.settings
+        # 4 + 1 blocks of 51 and a chunk of as many fit into 512.
+        assert (s.block_size, s.train_length, s.window, s.loss_at_landmarks) == (51, 512, 255, True)
+        # In a first, unfinished block there is nothing to retrieve.
+        expected = tuned(ids).logits.index_fill(-1, torch.tensor(33), float("-inf"))
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-4)
+        out = model.generate(ids, max_new_tokens=120, min_new_tokens=120, do_sample=False)
+        assert out.shape[1] == ids.shape[1] + 120 and 33 not in out
 
 
 def test_shards_stay_small_and_nothing_else_is_kept(folders, tmp_path, monkeypatch):
