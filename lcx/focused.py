@@ -146,7 +146,7 @@ class Focused(LongModel):
         `model.generate(question, past_key_values=state.fork())`.
         """
         self.need_layers()
-        state = state or self.new_cache()
+        state = self.new_cache() if state is None else state  # a cache without local tokens is falsy
         state.make_room(self, None)
         real = real_tokens(input_ids, attention_mask)
         pieces, _ = split(real, self.settings.window, 0)

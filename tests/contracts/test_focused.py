@@ -193,6 +193,8 @@ def test_a_prepared_memory_answers_many_questions_and_stays_as_it_is(model, tmp_
         joined = logits(model, questions[:1], past_key_values=state24.fork())
         answer = model.generate(questions, past_key_values=state.fork(), max_new_tokens=12, do_sample=False)
         assert answer.shape == (3, 17) and len(state.memory) == 29
+        more = focused.remember(questions[:1], state=state.fork())
+        assert len(more.memory) == 34 and len(state.memory) == 29
         path = focused.save(state, tmp_path / "memory.safetensors")
         loaded = focused.load(path)
         assert torch.equal(logits(model, questions[:1], past_key_values=loaded), first)
