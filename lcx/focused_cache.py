@@ -35,7 +35,8 @@ class FocusedCache(DynamicCache):
         """
         if isinstance(cache, cls) and hasattr(cache, "memory"):
             return cache
-        if not isinstance(cache, DynamicCache) or DynamicCache.get_seq_length(cache):
+        used = hasattr(cache, "memory")  # by another method, which keeps all it holds elsewhere
+        if used or not isinstance(cache, DynamicCache) or DynamicCache.get_seq_length(cache):
             raise LcxError(
                 "past_key_values must be empty or come from FocusedAttention: leave it out, or use focused.remember"
             )
