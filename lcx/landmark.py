@@ -201,7 +201,12 @@ class Landmark(LongModel):
         """
         columns = torch.full((input_ids.shape[1],), -1, device=input_ids.device)
         real = real_tokens(input_ids, attention_mask)
-        return self._by_chunks(input_ids, real, columns, state or self.new_cache())[1]
+        self._refuse_landmarks(input_ids, real)
+        state = self.new_cache() if state is None else state  # an empty cache is falsy
+        seen = state.seen
+        self._by_chunks(input_ids, real, columns, state)
+        state.seen = seen  # generate cuts its input by what of it the cache has seen: this is not part of it
+        return state
 
     @contextmanager
     def recording(self) -> Iterator[list[Opened]]:
@@ -215,13 +220,16 @@ class Landmark(LongModel):
     # The model's forward -------------------------------------------------------------------------------------------
 
     def hidden(self, inputs, real, columns, cache, training):
-        if inputs.ndim == 2 and (inputs == self.settings.landmark_id).any():
-            raise LcxError(
-                f"the input contains the landmark, token {self.settings.landmark_id}: landmarks are inserted here, remove them"
-            )
+        self._refuse_landmarks(inputs, real)
         if training or (self.settings.top_k is None and cache is None):
             return self._whole(inputs, real, columns), None
         return self._by_chunks(inputs, real, columns, cache)
+
+    def _refuse_landmarks(self, inputs, real):
+        if inputs.ndim == 2 and (real & (inputs == self.settings.landmark_id)).any():
+            raise LcxError(
+                f"the input contains the landmark, token {self.settings.landmark_id}: landmarks are inserted here, remove them"
+            )
 
     def logits(self, hidden):
         logits = self.model.lm_head(hidden)
@@ -229,15 +237,22 @@ class Landmark(LongModel):
         return logits.masked_fill(token, float("-inf"))
 
     def loss(self, logits, labels, **kwargs):
-        if self._landmark_logits is None:
+        parts, self._parts = self._parts, None
+        if not self.settings.loss_at_landmarks:
             return super().loss(logits, labels, **kwargs)
         # The landmark and what follows it are targets like any other.
-        grid, layout = self._landmark_logits, self._layout
-        targets = labels.gather(1, layout.columns.clamp(min=0)).masked_fill(~layout.real, -100)
-        targets = targets.masked_fill(layout.landmark, self.settings.landmark_id)
-        return super().loss(self.model.lm_head(grid), targets, **kwargs)
+        columns, landmark = (
+            torch.cat([getattr(layout, x) for layout, _ in parts], 1) for x in ("columns", "landmark")
+        )
+        order = (columns < 0).to(torch.int8).argsort(dim=1, stable=True)  # no gaps between a row's chunks
+        columns, landmark = columns.gather(1, order), landmark.gather(1, order)
+        hidden = torch.cat([hidden for _, hidden in parts], 1)
+        hidden = hidden.gather(1, order[..., None].expand_as(hidden))
+        targets = labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -100)
+        targets = targets.masked_fill(landmark, self.settings.landmark_id)
+        return super().loss(self.model.lm_head(hidden), targets, **kwargs)
 
-    _landmark_logits = _layout = None
+    _parts = None
 
     def _whole(self, inputs, real, columns):
         """Training: every row at once, positions and blocks counted from its first token."""
@@ -279,8 +294,7 @@ class Landmark(LongModel):
             before[:, -1] = False
             hide = before if self.settings.loss_at_landmarks else layout.landmark
             ours.append((Piece(layout.columns.masked_fill(hide, -1)), hidden))
-        train = self.settings.loss_at_landmarks and torch.is_grad_enabled()
-        self._landmark_logits, self._layout = (parts[0][1], parts[0][0]) if train else (None, None)
+        self._parts = parts if self.settings.loss_at_landmarks else None
         return collect(ours, columns)
 
     def _decoder(self, inputs, layout: Layout, job):

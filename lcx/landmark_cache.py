@@ -47,7 +47,8 @@ class LandmarkCache(DynamicCache):
                     f"the cache has blocks of {cache.block_size} tokens, the model now uses {block_size}: start another cache"
                 )
             return cache
-        if not isinstance(cache, DynamicCache) or DynamicCache.get_seq_length(cache):
+        used = hasattr(cache, "memory")  # by another method, which keeps all it holds elsewhere
+        if used or not isinstance(cache, DynamicCache) or DynamicCache.get_seq_length(cache):
             raise LcxError(
                 "past_key_values must be empty or come from LandmarkAttention: leave it out, or use landmark.remember"
             )
@@ -146,7 +147,7 @@ class LandmarkCache(DynamicCache):
         out = None
         for p in touched:
             segment, some = segments[p], (page == p).nonzero()[:, 0] if len(touched) > 1 else slice(None)
-            index = wanted[some] - (ends[p] - (len(segment) - segment.start) // size)
+            index = wanted[some] - (ends[p] - segment.stop // size)
             r = row[some] if segment.rows is None else segment.rows.to(device)[row[some]]
             r = torch.zeros_like(r) if segment.page.rows == 1 else r
             kv = segment.page.kv[

@@ -31,9 +31,8 @@ def score_blocks(turned: Tensor, landmarks: Tensor, recent: Tensor, scale: float
     scores = (far @ landmarks.mT).view(B, H, T, -1)
     # Where a row has fewer, its newest block is written once more.
     known = torch.where(recent < 0, recent[:, -1:], recent).clamp(min=0)
-    keys = landmarks.gather(
-        2, known[:, None, :, None].expand(len(known), heads, -1, D).expand(len(landmarks), -1, -1, -1)
-    )
+    rows = max(len(known), len(landmarks))
+    keys = landmarks.expand(rows, -1, -1, -1).gather(2, known[:, None, :, None].expand(rows, heads, -1, D))
     near = turned[..., :-1, :].flip(3).unflatten(1, (heads, -1))  # from k blocks back to 1
     near = torch.einsum("bhgtkd,bhkd->bhgtk", near, keys.expand(B, -1, -1, -1)).flatten(1, 2)
     near = torch.where(recent[:, None, None] < 0, near[..., -1:], near)
