@@ -268,7 +268,8 @@ class Landmark(LongModel):
     @torch.no_grad()
     def _by_chunks(self, inputs, real, columns, cache):
         s = self.settings
-        cache = self.new_cache() if cache is None else self._upgraded(cache)
+        given = self.new_cache() if cache is None else self._upgraded(cache)
+        cache = given.fork()  # what fails or is interrupted half-way leaves the given one as it was
         cache.open(len(inputs), inputs.device)
         parts, last = [], self.model.config.num_hidden_layers - 1
         for layout in chunks(real, cache.tail_length, s.block_size, s.window):
@@ -284,7 +285,8 @@ class Landmark(LongModel):
                 pass
             cache.add(job.local, length)
         cache.seen += inputs.shape[1]
-        return (self._outputs(parts, columns) if parts else None), cache
+        vars(given).update(vars(cache))
+        return (self._outputs(parts, columns) if parts else None), given
 
     def _outputs(self, parts, columns):
         """Hidden states of the wanted columns. The landmark shares the column of the token before it: one of the two counts."""
