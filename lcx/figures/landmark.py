@@ -68,13 +68,9 @@ def who_sees_what(tokens: int, block_sizes: Sequence[int], start: int) -> go.Fig
         ticks = {"tickvals": list(range(tokens)), "ticktext": labels}
         return {"data": data, "layout": {"xaxis": ticks, "yaxis": ticks}}
 
+    look = {"mode": "markers", "hovertemplate": "%{text}<extra></extra>"}
     marks = [
-        go.Scatter(
-            mode="markers",
-            name=kind,
-            marker={"symbol": symbol, "color": color, "size": size},
-            hovertemplate="%{text}<extra></extra>",
-        )
+        go.Scatter(name=kind, marker={"symbol": symbol, "color": color, "size": size}, **look)
         for kind, (symbol, color, size) in MARKS.items()
     ]
     margin = {"l": 56, "r": 16, "t": 136, "b": 56}
@@ -119,7 +115,7 @@ def flow(
     """
     moves = dict(moves or {})
     labels, colors = names(len(scores), block_size), [COLORS[j // block_size] for j in range(len(scores))]
-    landmark = [label.startswith("L") for label in labels]
+    landmark = [name.startswith("L") for name in labels]
     MAIN, WEIGHTS = "main softmax", "weights of the tokens"
 
     def label(name: str, share: float) -> str:
@@ -185,20 +181,24 @@ def flow(
     low, high = min(all_scores), max(all_scores)
     room = 0.14 * (high - low)
     fig.update_xaxes(title="key (L: landmark)", tickvals=list(range(len(scores))), ticktext=labels, row=1)
-    fig.update_yaxes(title="score", range=[low - room * (low < 0), high + room], row=1)
+    fig.update_yaxes(title="score", range=[low - 1.5 * room * (low < 0), high + room], row=1)
     fig.update_xaxes(range=[0, 1], row=2)
     fig.update_yaxes(
-        categoryarray=[WEIGHTS, MAIN], categoryorder="array", showgrid=False, showticklabels=False, row=2
+        categoryarray=[WEIGHTS, MAIN],
+        categoryorder="array",
+        showgrid=False,
+        showticklabels=False,
+        ticks="",
+        row=2,
     )
     for i, strip in enumerate((WEIGHTS, MAIN)):
         place = {"x": 0, "xref": "paper", "xanchor": "left", "y": i + 0.36, "yref": "y2", "yanchor": "bottom"}
         fig.add_annotation(text=strip, showarrow=False, font={"size": 13}, **place)
     values = {"query": list(queries), **{name: list(choices) for name, (_, choices) in moves.items()}}
-    if any(len(v) > 1 for v in values.values()):
+    if moves or len(queries) > 1:
         return controls(fig, values, update, start=start)
     change = update(queries[0])
-    for trace, data in zip(fig.data, change["data"], strict=True):
-        trace.update(data)
+    [trace.update(data) for trace, data in zip(fig.data, change["data"], strict=True)]
     return fig.update_layout(change["layout"])
 
 
@@ -276,7 +276,7 @@ def gates(
     fig.update_xaxes(
         title="earlier block", dtick=1, range=[-0.6, blocks - 0.4], showgrid=False, zeroline=False
     )
-    fig.update_yaxes(title="query that predicts", type="category", autorange="reversed", showgrid=False)
+    fig.update_yaxes(type="category", autorange="reversed", showgrid=False)
     return controls(fig, {"head": list(maps)}, update, start={"head": start})
 
 
