@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from lcx import FocusedAttention, LandmarkAttention
+from lcx import FocusedAttention, LandmarkAttention, SelfExtend
 
 # family: (its configuration class, options, ties the head to the embedding, seed)
 FAMILIES = {
@@ -75,6 +75,13 @@ METHODS = {
             equals_plain=False,
             pieces=((6, 6, 6, 6), (12, 12), (6, 18)),
             regroups=True,
+        ),
+        # Neighbours only: no position is shared.
+        Method("selfextend", lambda model: SelfExtend(4, LENGTH + 8)(model)),
+        Method(
+            "selfextend-groups",  # groups that do not divide the neighbour window
+            lambda model: SelfExtend(3, 8)(model),
+            equals_plain=False,
         ),
     ]
 }
