@@ -240,6 +240,8 @@ class Landmark(LongModel):
         parts, self._parts = self._parts, None
         if not self.settings.loss_at_landmarks:
             return super().loss(logits, labels, **kwargs)
+        if kwargs.get("shift_labels") is not None:
+            raise LcxError("with loss_at_landmarks landmarks are targets too: give labels, not shift_labels")
         # The landmark and what follows it are targets like any other.
         columns, landmark = (
             torch.cat([getattr(layout, x) for layout, _ in parts], 1) for x in ("columns", "landmark")
