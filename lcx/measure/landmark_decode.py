@@ -53,8 +53,8 @@ def step(landmark, cache, heads):
 
     import torch
 
-    from ..landmark import Chunk
     from ..landmark_cache import chunks
+    from ..landmark_model import Chunk
 
     # Made once for all layers of a step.
     (layout,) = chunks(torch.ones(1, 1, dtype=torch.bool), cache.tail_length, BLOCK, landmark.settings.window)

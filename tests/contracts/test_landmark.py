@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from lcx import FocusedAttention, LandmarkAttention, landmark_cache
-from lcx import landmark as module
+from lcx import landmark_model as module
 from lcx.errors import LcxError, UnsupportedModelError
 from lcx.methods import retrieval
 
@@ -676,6 +676,13 @@ def test_use_cache_or_not_gives_the_same_logits(model):
         on, off = model(ids, use_cache=True), model(ids, use_cache=False)
     assert torch.equal(on.logits, off.logits) and off.past_key_values is None
     assert on.past_key_values.blocks == N // (SIZE - 1)
+
+
+def test_a_cache_that_is_not_to_be_used_is_refused(one):
+    """As generate does with a model whose config says use_cache=False: it would feed every token again and again."""
+    with method()(one) as landmark, pytest.raises(LcxError, match="use_cache=True"):
+        state = landmark.remember(tokens(length=N))
+        one.generate(tokens(length=2), past_key_values=state.fork(), max_new_tokens=2, use_cache=False)
 
 
 def test_embeddings_instead_of_ids(one):
