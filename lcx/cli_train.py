@@ -135,6 +135,54 @@ def landmark(
     _run(LandmarkSettings, ctx.params)
 
 
+@train_app.command()
+def cream(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    out: Out,
+    sampler: Annotated[
+        str,
+        typer.Option(
+            help="Position labels: cream, pose, randpos, or full: rows of the target length, ordinary labels."
+        ),
+    ] = "cream",
+    factor: Annotated[int, typer.Option(help="Target length over the model's window.")] = 8,
+    sigma: Annotated[
+        float | None,
+        typer.Option(help="CREAM: spread of the middle, in half windows.", show_default="3/8 of the factor"),
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            help="CREAM: labels of head and tail under continuity.", show_default="4 times the factor"
+        ),
+    ] = None,
+    released: Annotated[
+        bool, typer.Option("--released", help="CREAM as in the authors' code: sigma 3, clipped and floored.")
+    ] = False,
+    scaling: Annotated[str, typer.Option(help="RoPE: linear, ntk, yarn, yarn_harmonic or none.")] = "linear",
+    steps: Steps = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per process.")] = 8,
+    gradient_accumulation: Accumulation = 1,
+    gradient_checkpointing: Checkpointing = False,
+    learning_rate: LearningRate = None,
+    lora_rank: Annotated[
+        int, typer.Option(min=0, help="Train LoRA adapters of this rank, merged at the end. 0: all weights.")
+    ] = 0,
+    seed: Seed = 0,
+    bf16: Bf16 = False,
+    save_steps: SaveSteps = 200,
+) -> None:
+    """Train within the window for texts many times as long, by position labels (CREAM, PoSE).
+
+    On several GPUs: torchrun --nproc_per_node 8 -m lcx train cream …
+    """
+    from .finetune_cream import CreamSettings
+
+    _run(CreamSettings, ctx.params)
+
+
 def _run(kind, options: dict) -> None:
     from .finetune import finetune
 

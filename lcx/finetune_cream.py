@@ -1,0 +1,126 @@
+"""`lcx train cream`: rows of one window under the position labels of a text many times as long (CREAM, Wu et al. 2024; PoSE)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import LcxError
+from .finetune import Method, Settings
+from .methods import cream
+from .methods.scaling import METHODS, scale_rope
+from .train import Documents, OrderedTrainer, collate
+
+SAMPLERS = ("cream", "pose", "randpos", "full")
+
+
+@dataclass(frozen=True)
+class CreamSettings(Settings):
+    """All that decides what comes out: the options of `lcx train cream`, which says what each is.
+
+    A row has as many tokens as the model's window, with sampler "full" factor times as many.
+    """
+
+    sampler: str = "cream"
+    factor: int = 8
+    sigma: float | None = None
+    k: int | None = None
+    released: bool = False
+    scaling: str = "linear"
+
+    def check(self) -> None:
+        super().check()
+        for name, value, known in (
+            ("sampler", self.sampler, SAMPLERS),
+            ("scaling", self.scaling, tuple(m for m in METHODS if m != "dynamic")),
+        ):
+            if value not in known:  # dynamic NTK would follow the labels
+                raise LcxError(f"{name} {value!r} is none to train with: use one of {', '.join(known)}")
+        if self.sampler != "cream" and (self.sigma is not None or self.k is not None or self.released):
+            raise LcxError(f"sigma, k and released are CREAM's: leave them out with --sampler {self.sampler}")
+
+    def method(self, model, tokenizer, texts: Sequence[str]) -> Method:
+        window = model.config.max_position_embeddings
+        draw = self.labels(window)
+        draw(np.random.default_rng(0))  # says now what does not fit the window
+        length = window * self.factor if self.sampler == "full" else window
+        scale_rope(model, self.scaling, self.factor)  # for good: the checkpoint keeps it
+        tokenizer.model_max_length = window * self.factor
+        ids = (tokenizer(t, add_special_tokens=False, verbose=False).input_ids for t in texts)
+        marks = tokenizer.bos_token_id, tokenizer.eos_token_id
+        batch = self.batch_size * self.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
+        return Method(
+            about=f"trained with rows of {length} tokens ({self.sampler}, {self.scaling} RoPE) for {window * self.factor}",
+            attention=lambda model: nullcontext(),
+            documents=lambda: Rows(Documents(ids, length, 1, *marks), batch, self.steps, self.seed),
+            item=f"rows of {length} tokens",
+            fields={},
+            trainer=partial(_trainer, PositionLabels(draw, self.seed)),
+        )
+
+    def labels(self, window: int) -> Callable[[np.random.Generator], np.ndarray]:
+        """The sampler: generator -> int64 labels of one row, for a model with this window."""
+        n, f = window, self.factor
+        if self.sampler == "cream":
+            return partial(cream.cream_positions, n, f, sigma=self.sigma, k=self.k, release=self.released)
+        if self.sampler == "full":
+            return lambda rng: cream.cream_positions(n * f, 1, rng)
+        sampler = cream.pose_positions if self.sampler == "pose" else cream.randpos_positions
+        return partial(sampler, n, f)
+
+
+def _trainer(collator, **options: Any) -> OrderedTrainer:
+    return OrderedTrainer(**options | {"data_collator": collator}, in_order=True)
+
+
+class PositionLabels:
+    """A collator that gives every example the position labels of a longer text, and the mask they cannot do without.
+
+    draw: generator -> int64 [n], as `functools.partial(lcx.cream_positions, n, factor)`. Examples have input_ids [n] or [1, n] and
+    "index", which with the seed decides the labels, whatever the workers and the batch. Without the all-ones
+    attention_mask transformers would take each jump for a new text and cut the attention there.
+
+    Raises LcxError for an example that has another length than its labels: nothing is padded or cut.
+    """
+
+    def __init__(self, draw: Callable[[np.random.Generator], np.ndarray], seed: int = 0):
+        self.draw, self.seed = draw, seed
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = collate([{k: v for k, v in item.items() if k != "index"} for item in items])
+        drawn = [self.draw(np.random.default_rng([self.seed, int(item["index"])])) for item in items]
+        labels, n = torch.from_numpy(np.stack(drawn)), batch["input_ids"].shape[1]
+        if labels.shape != batch["input_ids"].shape:
+            raise LcxError(
+                f"examples of {n} tokens for {labels.shape[1]} position labels: join short texts and cut long ones to {labels.shape[1]}"
+            )
+        mask = torch.ones_like(batch["input_ids"])
+        return batch | {"position_ids": labels, "attention_mask": mask}
+
+
+class Rows(torch.utils.data.Dataset):
+    """All rows that a training reads, in order: documents over and over, in each pass in another order, each visit with an index
+    of its own, so that a row that comes again has other labels. Fewer rows than one batch are left as they are."""
+
+    def __init__(self, documents: Documents, batch: int, steps: int, seed: int):
+        self.documents, self.inputs, self.seed = documents, documents.inputs, seed
+        count = len(documents)
+        self.visits = max(steps * batch, count) if count >= batch else count
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.visits
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        turn, place = divmod(i, len(self.documents))
+        if self._order is None or self._order[0] != turn:
+            rng = np.random.default_rng([self.seed, turn])
+            self._order = turn, rng.permutation(len(self.documents))
+        return self.documents[int(self._order[1][place])] | {"index": i}
