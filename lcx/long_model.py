@@ -59,6 +59,12 @@ class LongModel:
     ):
         """What `model(...)` does inside the context. position_ids are counted by the method."""
         inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if (
+            past_key_values is not None and use_cache is False
+        ):  # generate passes all tokens so far, at every step
+            raise LcxError(
+                "past_key_values with use_cache=False would read tokens twice: pass use_cache=True (generate takes it from the config)"
+            )
         if any(kwargs.pop(name, None) for name in ("output_attentions", "output_hidden_states")):
             raise LcxError(
                 "attentions and hidden states of a windowed model are not returned: leave those options out"

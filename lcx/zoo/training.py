@@ -174,6 +174,7 @@ def save(recipe: Recipe, model, tokenizer, card: dict[str, Any], out: Path) -> N
 
     with staging(out.parent) as folder:
         # float16 halves the files. Nothing is lost that matters: the figures of the card are those of the files.
+        model.config.use_cache = True  # Trainer turns it off, and generate reads it
         model.to("cpu", torch.float16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
