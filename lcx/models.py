@@ -73,7 +73,9 @@ def _open(folder: Path, source: str, device: str, dtype):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from . import landmark_llama, longllama
+    from .methods.scaling import register_yarn_harmonic
 
+    register_yarn_harmonic()  # checkpoints of `lcx train cream` may be scaled by it
     try:
         with _no_progress_bars():
             if config := longllama.read_config(folder):

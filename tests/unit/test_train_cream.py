@@ -129,6 +129,18 @@ def test_the_checkpoint_keeps_the_scaling(settings, tmp_path, changes, length):
             finetune(again, tmp_path / "again")
 
 
+def test_a_checkpoint_with_the_harmonic_blend_loads_in_a_new_process(settings, tmp_path, monkeypatch):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    finetune(dataclasses.replace(settings, steps=1, scaling="yarn_harmonic"), tmp_path / "out")
+    monkeypatch.delitem(ROPE_INIT_FUNCTIONS, "yarn_harmonic")  # as it is before lcx.load
+    model, tokenizer = lcx.load(tmp_path / "out", device="cpu", dtype=torch.float32)
+    plain, _ = lcx.load(settings.model, device="cpu", dtype=torch.float32)
+    with lcx.scale_rope(plain, "yarn_harmonic", FACTOR):
+        assert torch.equal(model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+    assert tokenizer.model_max_length == N * FACTOR
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_interrupted_then_resumed(settings, tmp_path, monkeypatch, rank):
     from transformers import Trainer
