@@ -104,8 +104,8 @@ class LandmarkCache(DynamicCache):
         if count:
             span = count * size
             there = torch.arange(count, device=full.device) < full[:, None]
-            # Pages grow with the memory: few to look into, and at most a quarter allocated in vain.
-            self.memory.page_tokens = max(1, max(PAGE_TOKENS, len(self.memory) // 4) // size) * size
+            # Pages grow with the memory: few to look into, and at most a third allocated in vain.
+            self.memory.page_tokens = max(1, max(PAGE_TOKENS, len(self.memory) // 2) // size) * size
             self.memory.append({i: (k[:, :, :span], v[:, :, :span]) for i, (k, v) in local.items()})
             for i, (k, _) in local.items():
                 new, old = k[:, :, size - 1 : span : size], self.landmarks.get(i)
@@ -137,38 +137,36 @@ class LandmarkCache(DynamicCache):
         Only these blocks are read, wherever they are. Query head h reads key head h // (H // Hkv).
         """
         size, (rows, heads), segments = self.block_size, blocks.shape[:2], self.memory.segments
-        device, wanted = blocks.device, blocks.clamp(min=0).flatten()
-        group = heads // self.memory.shape[1]
+        device, wanted, kv_heads = blocks.device, blocks.clamp(min=0).flatten(), self.memory.shape[1]
         each = torch.arange(rows * heads, device=device).repeat_interleave(blocks[0, 0].numel())
-        row, head = each // heads, each % heads // group
-        ends = torch.tensor([len(s) // size for s in segments], device=device).cumsum(0)
+        row, head = each // heads, each % heads // (heads // kv_heads)
+        sizes = [[len(s) // size, s.stop // size, s.page.slots // size] for s in segments]
+        held, stop, room = torch.tensor(sizes, device=device).T
+        ends = held.cumsum(0)
         page = torch.bucketize(wanted, ends, right=True)
-        touched = page.unique().tolist() if len(segments) > 1 else [0]
-        out = None
+        if any(s.rows is not None or s.page.rows < rows for s in segments):
+            behind = [
+                s.rows if s.rows is not None else torch.arange(rows).clamp(max=s.page.rows - 1)
+                for s in segments
+            ]
+            row = torch.stack([r.to(device) for r in behind])[page, row]
+        # A page is [2, rows, Hkv, slots, D] and contiguous: the keys of a block are one row of `table`, its values one of its second half.
+        place = (row * kv_heads + head) * room[page] + wanted - ends[page] + stop[page]
+        touched, out = page.unique().tolist(), None
         for p in touched:
-            segment, some = segments[p], (page == p).nonzero()[:, 0] if len(touched) > 1 else slice(None)
-            index = wanted[some] - (ends[p] - segment.stop // size)
-            r = row[some] if segment.rows is None else segment.rows.to(device)[row[some]]
-            r = torch.zeros_like(r) if segment.page.rows == 1 else r
-            kv = segment.page.kv[
-                layer
-            ]  # [2, rows, Hkv, slots, D], contiguous: a block is one row of what follows
-            flat = ((r * kv.shape[2] + head[some]) * (kv.shape[3] // size) + index).to(kv.device)
-            both = torch.cat([flat, flat + kv[0].numel() // (size * kv.shape[4])])
-            got = (
-                kv.view(-1, size * kv.shape[4])
-                .index_select(0, both)
-                .view(2, -1, size, kv.shape[4])
-                .to(device)
-            )
+            kv = segments[p].page.kv[layer]
+            table = kv.view(-1, size * kv.shape[4])
+            some = (page == p).nonzero()[:, 0] if len(touched) > 1 else slice(None)
+            keys = place[some].to(kv.device)
+            got = table.index_select(0, torch.cat([keys, keys + len(table) // 2])).to(device)
             if len(touched) == 1:
                 out = got
             else:
-                out = got.new_empty(2, len(wanted), *got.shape[2:]) if out is None else out
-                out[:, some] = got
+                out = got.new_empty(2 * len(wanted), got.shape[1]) if out is None else out
+                out.index_copy_(0, torch.cat([some, some + len(wanted)]), got)
+        out = out.view(2, *blocks.shape, size, -1)
         self.traffic["blocks"] += int((blocks >= 0).sum()) * 2 * size * out.shape[-1] * out.element_size()
-        k, v = out.unflatten(1, blocks.shape)
-        return k, v
+        return out[0], out[1]
 
     def fork(self) -> LandmarkCache:
         """A cache that starts with all this one holds. The memory is shared, not copied; neither sees later tokens of the other."""

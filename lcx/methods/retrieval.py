@@ -98,8 +98,9 @@ def attend_blocks(
     gate = scores[..., -1].masked_fill(blocks < 0, float("-inf"))
     lse = gate.logsumexp(-1)
     share = (gate - lse.clamp_min(torch.finfo(dtype).min)[..., None]).exp()
-    inner = scores[..., :-1].softmax(-1) * share[..., None]  # [B, H, T, k, block_size - 1]
-    v = v[..., :-1, :].to(dtype)
+    # [B, H, T, k, block_size], the landmark's own weight 0: cheaper than a copy of the values without it.
+    inner = torch.nn.functional.pad(scores[..., :-1].softmax(-1) * share[..., None], (0, 1))
+    v = v.to(dtype)
     if v.shape[2] == T:
         out = (inner.flatten(3)[..., None, :] @ v.flatten(3, 4))[..., 0, :]
     else:
