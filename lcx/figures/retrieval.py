@@ -43,7 +43,7 @@ def chosen_slots(n: int, k: int, chosen: Sequence[int]) -> list[int]:
 
 def slots(blocks: Sequence[int], top_k: Sequence[int]) -> go.Figure:
     """Where chosen blocks are put, as blocks before the local context. Controls: blocks in the cache, top_k, which are chosen."""
-    fig = figure(height=340, margin={"l": 16, "r": 16, "t": 64, "b": 56})
+    fig = figure(height=320, margin={"l": 16, "r": 16, "t": 48, "b": 64})
     for name, symbol, color in (("in the cache", "square-open", GREY), ("chosen", "square", COLORS[1])):
         marker = {"symbol": symbol, "size": 18, "color": color}
         fig.add_scatter(
@@ -63,7 +63,7 @@ def slots(blocks: Sequence[int], top_k: Sequence[int]) -> go.Figure:
         empty = [s - k - 1 for s in range(k + 1) if s not in slot]
         x = [b - blocks for b in picked]
         lines = [v for a, b in zip(x, places, strict=True) for v in (a, b, None)]
-        words = f"blocks before the local context; chosen blocks go to slots {', '.join(map(str, slot))} of 0 … {k}"
+        words = f"blocks before the local context<br>chosen blocks go to slots {', '.join(map(str, slot))} of 0 … {k}"
         return {
             "data": [
                 {"x": [b - blocks for b in rest], "y": [1] * len(rest), "text": [str(b) for b in rest],
@@ -79,12 +79,20 @@ def slots(blocks: Sequence[int], top_k: Sequence[int]) -> go.Figure:
     most = max(blocks)
     fig.add_vrect(x0=-0.5, x1=0.7, fillcolor=COLORS[2], opacity=0.25, line_width=0)
     fig.add_annotation(x=0.1, y=0.5, text="local", textangle=-90, showarrow=False)
-    fig.update_xaxes(range=[-most - 0.7, 0.7], dtick=1 if most < 12 else 2, showgrid=False, zeroline=False)
+    fig.update_xaxes(
+        range=[-most - 0.7, 0.7], showgrid=False, zeroline=False,
+        tickvals=list(range(-most, 0, 2)), ticktext=[str(x) for x in range(most, 0, -2)],
+    )  # fmt: skip
     fig.update_yaxes(
         range=[-0.5, 1.5], tickvals=[0, 1], ticktext=["seen at", "is at"], showgrid=False, zeroline=False
     )
     values = {"blocks": list(blocks), "top_k": list(top_k), "chosen": list(RULES)}
-    return controls(fig, values, update, start={"top_k": top_k[-1], "chosen": "the oldest and the newest"})
+    return controls(
+        fig,
+        values,
+        update,
+        start={"blocks": blocks[-1], "top_k": top_k[-1], "chosen": "the oldest and the newest"},
+    )
 
 
 @dataclass(frozen=True)
@@ -115,15 +123,15 @@ def theatre(asked: Sequence[Asked], blocks: int, start: Mapping | None = None) -
     layers, (heads, tokens, _) = len(asked[0].opened), asked[0].opened[0].shape
     fig = figure(height=360, margin={"l": 16, "r": 16, "t": 88, "b": 64})
     fig.add_scatter(
-        mode="markers", name="blocks of the needles", y=[heads] * 2 * len(asked),
-        marker={"symbol": "triangle-down", "size": 9}, hovertemplate="needle %{text}, block %{x}<extra></extra>",
+        mode="markers", name="blocks of the needles", marker={"symbol": "triangle-down", "size": 8, "color": COLORS[6]},
+        hovertemplate="needle %{text}, block %{x}<extra></extra>",
     )  # fmt: skip
     for name, symbol, color in (
         ("opened", "square-open", OTHER),
         ("opened: the one asked for", "square", FOUND),
     ):
         fig.add_scatter(
-            mode="markers", name=name, marker={"symbol": symbol, "size": 9, "color": color, "line": {"width": 2}},
+            mode="markers", name=name, marker={"symbol": symbol, "size": 7, "color": color, "line": {"width": 1.5, "color": color}},
             hovertemplate="head %{y} opens block %{x}<extra></extra>",
         )  # fmt: skip
 
@@ -138,11 +146,14 @@ def theatre(asked: Sequence[Asked], blocks: int, start: Mapping | None = None) -
             said += " (right)" if now.says[token - 1] == now.words[token] else f", not {now.words[token]}"
         sure = " (two tokens say which needle is meant)" if token == 1 else ""
         words = f"{now.words[token - 1]} in layer {layer}: {len({h for h, _ in good})} of {heads} heads open its block"
-        marks = sorted({(b, i) for i, a in enumerate(asked) for b in a.span})
+        marks: dict[int, str] = {}  # block -> the needles in it
+        for i, a in enumerate(asked):
+            for b in sorted(set(a.span)):
+                marks[b] = f"{marks[b]} and {i + 1}" if b in marks else str(i + 1)
         return {
             "data": [
-                {"x": [b for b, _ in marks], "y": [heads] * len(marks), "text": [str(i + 1) for _, i in marks],
-                 "marker": {"color": [FOUND if i == needle - 1 else COLORS[6] for _, i in marks]}},
+                {"x": list(marks), "y": [heads] * len(marks), "text": list(marks.values()),
+                 "marker": {"color": [FOUND if b in now.span else COLORS[6] for b in marks]}},
                 *({"x": [b for _, b in part], "y": [h for h, _ in part]} for part in (bad, good)),
             ],
             "layout": {"xaxis": {"title": {"text": f"{words}<br>the model {said}{sure}", "font": {"size": 13}}}},
@@ -171,8 +182,8 @@ def hit_rates(rates: torch.Tensor, chance: float) -> go.Figure:
         )
     fig.add_hline(y=100 * chance, line={"color": GREY, "dash": "dash"})
     fig.add_annotation(
-        x=1, xref="paper", xanchor="right", y=100 * chance, yanchor="bottom", showarrow=False,
-        text=f"at random: {100 * chance:.1f} %",
+        x=0, xref="paper", xanchor="left", y=100 * chance, yanchor="bottom", showarrow=False,
+        text=f" at random: {100 * chance:.1f} %",
     )  # fmt: skip
     fig.update_yaxes(title="opens a block of the needle (%)", range=[0, 104])
     fig.update_layout(barmode="group")
@@ -186,10 +197,10 @@ def price(rows: Sequence[Mapping], texts: Mapping[int, int], start: int) -> go.F
     """
     lengths = sorted({r["tokens"] for r in rows})
     ks = sorted({r["top_k"] for r in rows})
-    fig = figure(height=420, showlegend=False)
+    fig = figure(height=420)
     for i, k in enumerate(ks):
         fig.add_scatter(
-            mode="markers+text", name=f"top_k {k}", text=[f"k = {k}"], textposition="bottom right",
+            mode="markers", name=f"top_k {k}",
             marker={"symbol": SYMBOLS[i % 4], "size": 11, "color": COLORS[i]}, error_y={"type": "data", "symmetric": False},
             hovertemplate=f"top_k {k}: " + "%{y} % for %{x} KiB a token<extra></extra>",
         )  # fmt: skip
@@ -205,7 +216,7 @@ def price(rows: Sequence[Mapping], texts: Mapping[int, int], start: int) -> go.F
         return {"data": data}
 
     most = max(r["bytes_read"]["blocks"] / (texts[r["tokens"]] * r["tokens"]) for r in rows) / 2**10
-    fig.update_xaxes(title="keys and values of blocks read for each token (KiB)", range=[0, 1.15 * most])
+    fig.update_xaxes(title="KiB of blocks read for each token", range=[0, 1.15 * most])
     fig.update_yaxes(title="whole needles found (%)", range=[0, 104])
     return controls(fig, {"tokens": lengths}, update, start={"tokens": start})
 
@@ -222,7 +233,7 @@ def fetched(counts: Mapping[str, Sequence[float]], available: float) -> go.Figur
     fig.add_annotation(
         x=1, xref="paper", xanchor="right", y=available, yanchor="top", showarrow=False, text="all there are"
     )
-    fig.update_yaxes(title="different blocks opened by a chunk", range=[0, 1.08 * available])
+    fig.update_yaxes(title="blocks opened by a chunk", range=[0, 1.08 * available])
     fig.update_layout(barmode="group")
     return fig
 
@@ -246,8 +257,8 @@ def decode(rows: Sequence[Mapping]) -> go.Figure:
     ticks = {"tickvals": tokens, "ticktext": [f"{t // 1024}k" for t in tokens], "gridcolor": GRID}
     fig.update_xaxes(type="log", **ticks)
     fig.update_xaxes(title="tokens in the cache", row=2, col=1)
-    fig.update_yaxes(type="log", gridcolor=GRID, title="milliseconds", row=1, col=1)
-    fig.update_yaxes(type="log", gridcolor=GRID, title="MiB read", row=2, col=1)
+    fig.update_yaxes(type="log", dtick=1, gridcolor=GRID, title="milliseconds", row=1, col=1)
+    fig.update_yaxes(type="log", dtick=1, gridcolor=GRID, title="MiB read", row=2, col=1)
     return fig
 
 

@@ -102,7 +102,7 @@ class _Words:
 def test_hit_rates_and_fetched_draw_what_they_get():
     fig = figures.hit_rates(torch.tensor([[0.0, 0.1], [1.0, 0.5]]), 0.0625)
     assert list(fig.data[0].y) == [0, 100] and list(fig.data[1].y) == [10, 50]
-    assert fig.layout.annotations[0].text == "at random: 6.2 %"
+    assert fig.layout.annotations[0].text.strip() == "at random: 6.2 %"
     fig = figures.fetched({"head": [4, 5.25], "token": [8, 7]}, 44)
     assert list(fig.data[0].y) == [4, 5.2] and fig.layout.shapes[0].y0 == 44
 
