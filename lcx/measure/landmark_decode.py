@@ -9,7 +9,7 @@ from typing import Any
 from . import measurement
 
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
-HEADS, HEAD_DIM, BLOCK, TOP_K = 16, 128, 64, 4  # one layer of SmolLM2-1.7B is as wide
+HEADS, HEAD_DIM, BLOCK, TOP_K = 32, 128, 64, 4  # one layer of LLaMA-7B, the model of the paper
 REPEATS = 40
 
 
