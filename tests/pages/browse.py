@@ -117,7 +117,8 @@ def differences(page, figure, spec: dict, at: list[int]) -> list[str]:
     wrong = [] if now["state"] == frame["name"] else [f"state {now['state']} instead of {frame['name']}"]
     for i, change in zip(frame["traces"], frame["data"], strict=True):
         for key in change.keys() & {"x", "y", "z", "text", "values", "labels", "r", "theta"}:
-            if not same(now["data"][i][key], plain(change[key])):
-                wrong.append(f"trace {i}: {key} is {json.dumps(now['data'][i][key])[:120]}")
+            shown = now["data"][i].get(key, [])  # plotly.js drops the arrays of a trace without points
+            if not same(shown, plain(change[key])):
+                wrong.append(f"trace {i}: {key} is {json.dumps(shown)[:120]}")
     layout = {k: v for k, v in (frame.get("layout") or {}).items() if k not in ("sliders", "updatemenus")}
     return wrong + [f"layout.{k}" for k, v in layout.items() if not contains(now["layout"].get(k), v)]
