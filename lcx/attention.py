@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 
 from .errors import LcxError, UnsupportedModelError
+from .methods.rope import rope_cos_sin
 
 # Their attention is: project, RMSNorm per head if there is a q_norm, rotate, attend, project.
 SUPPORTED = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -64,6 +66,28 @@ def check_free(model) -> None:
     modules = [model, *(layer.self_attn for layer in model.model.layers)]
     if any(getattr(vars(module).get("forward"), "of_lcx", False) for module in modules):
         raise LcxError("the model is already inside a method: leave that `with` first")
+
+
+def in_place_of(forward: Callable, method: Callable) -> Callable:
+    """`method` under the name and signature of `forward`, which generate and Trainer look at."""
+
+    @wraps(forward)
+    def stand_in(*args, **kwargs):
+        return method(*args, **kwargs)
+
+    return stand_in
+
+
+def rope_tables(model, length: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [length, D / 2] of the positions from 0 on, as the model scales them, from angles in float64.
+
+    In the dtype of the model, float32 at least: methods that rotate in two steps must meet those that rotate in one.
+    """
+    rotary = model.model.rotary_emb
+    at = torch.arange(length, device=device)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    cos, sin = rope_cos_sin(at, rotary.inv_freq.double())
+    return (cos * rotary.attention_scaling).to(dtype), (sin * rotary.attention_scaling).to(dtype)
 
 
 def project(module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

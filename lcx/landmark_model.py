@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import Heads
+from .attention import Heads, rope_tables
 from .errors import LcxError
 from .landmark_cache import LandmarkCache, Layout, chunks
 from .long_model import LongModel
 from .memory import Memory
 from .methods.landmark import landmark_attention
 from .methods.retrieval import attend_blocks, choose_blocks, score_blocks
-from .methods.rope import rope_cos_sin, rotate
+from .methods.rope import rotate
 from .softmax import attend, merge
 from .windows import Piece, collect, real_tokens
 
@@ -208,13 +208,9 @@ class Landmark(LongModel):
         ).last_hidden_state
 
     def _rotation(self, length: int, inputs) -> tuple[Tensor, Tensor]:
-        """cos and sin [length or more, D / 2] of the positions from 0 on, from angles in float64: blocks are rotated in two steps."""
+        """cos and sin [length or more, D / 2] of the positions from 0 on."""
         if self._table is None or len(self._table[0]) < length or self._table[0].device != inputs.device:
-            rotary = self.model.model.rotary_emb
-            at = torch.arange(length, device=inputs.device)
-            tables = rope_cos_sin(at, rotary.inv_freq.double())
-            dtype = torch.promote_types(self.model.dtype, torch.float32)
-            self._table = tuple((t * rotary.attention_scaling).to(dtype) for t in tables)
+            self._table = rope_tables(self.model, length, inputs.device)
         return self._table
 
     # The attention of every layer ----------------------------------------------------------------------------------

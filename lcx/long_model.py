@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import wraps
-
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .attention import in_place_of
 from .errors import LcxError
 from .windows import kept_columns, real_tokens
 
@@ -37,13 +36,7 @@ class LongModel:
         )
 
     def as_forward(self):
-        """`self.forward` under the name and signature of the model's own, which generate and Trainer look at."""
-
-        @wraps(self._forward)
-        def forward(*args, **kwargs):
-            return self.forward(*args, **kwargs)
-
-        return forward
+        return in_place_of(self._forward, self.forward)
 
     def forward(
         self,

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .attention import Heads, attach, causal_lm, check_free, replaced
+from .attention import Heads, attach, causal_lm, check_free, in_place_of, replaced, rope_tables
 from .errors import LcxError
-from .methods.rope import rope_cos_sin
 from .methods.selfextend import check_groups, selfextend_attention
 
 
@@ -98,13 +96,7 @@ class SelfExtended:
         self._forward, self._table = model.model.forward, None
 
     def as_forward(self):
-        """`self.forward` under the name and signature of the decoder's own."""
-
-        @wraps(self._forward)
-        def forward(*args, **kwargs):
-            return self.forward(*args, **kwargs)
-
-        return forward
+        return in_place_of(self._forward, self.forward)
 
     def forward(
         self,
@@ -154,10 +146,7 @@ class SelfExtended:
             or self._table[0] is not rotary.inv_freq
             or len(self._table[1]) < length + near
         ):
-            at = torch.arange(2 * (length + near), device=rotary.inv_freq.device)
-            tables = rope_cos_sin(at, rotary.inv_freq.double())
-            dtype = torch.promote_types(self.model.dtype, torch.float32)
-            tables = [(t * rotary.attention_scaling).to(dtype) for t in tables]
+            tables = rope_tables(self.model, 2 * (length + near), rotary.inv_freq.device)
             self._table = rotary.inv_freq, *tables
         return self._table[1:]
 

@@ -6,6 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+# How the copying tasks are trained, beside the learning rate. With a constant rate, no warm-up and the usual adam_beta2 of
+# 0.999, needle-64 was still near 0.9 accuracy after 2,950 steps; with these it passes 0.985 in 650.
+COPYING = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 100,
+    "weight_decay": 0.0,
+    "adam_beta2": 0.98,
+    "max_grad_norm": 1.0,
+}
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...tasks.needle_copy import BOS, FILLER, NEEDLE, VOCAB_SIZE, needle_copy
-from . import Recipe
+from . import COPYING, Recipe
 from .needle_64 import HELDOUT_SEED
 
 BLOCK = 16  # tokens of a block, its landmark included
@@ -136,14 +136,7 @@ def make_recipe(name: str, about: str, landmarks: bool, landmark_id: int = LANDM
         | (extra if landmarks else {}),
         steps=2000,
         batch_size=1,
-        training={
-            "learning_rate": 2e-3,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 100,
-            "weight_decay": 0.0,
-            "adam_beta2": 0.98,
-            "max_grad_norm": 1.0,
-        },
+        training={"learning_rate": 2e-3, **COPYING},
         tokenizer=tokenizer,
         data=data,
         score=score,

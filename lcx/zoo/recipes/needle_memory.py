@@ -6,7 +6,7 @@ import torch
 
 from ...tasks.needle_copy import BOS, VOCAB_SIZE, needle_chunks
 from ...train import Schedule, constant, lanes, stepped
-from . import Recipe
+from . import COPYING, Recipe
 from .needle_64 import HELDOUT_SEED, tokenizer
 
 CHUNK = 64
@@ -99,14 +99,7 @@ def _recipe(name: str, about: str, d: Schedule, steps: int) -> Recipe:
         },
         steps=steps,
         batch_size=1,
-        training={
-            "learning_rate": 3e-3,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 100,
-            "weight_decay": 0.0,
-            "adam_beta2": 0.98,
-            "max_grad_norm": 1.0,
-        },
+        training={"learning_rate": 3e-3, **COPYING},
         tokenizer=tokenizer,
         data=data,
         score=score,
