@@ -83,7 +83,8 @@ def _trainer(collator, **options: Any) -> OrderedTrainer:
 class PositionLabels:
     """A collator that gives every example the position labels of a longer text, and the mask they cannot do without.
 
-    draw: generator -> int64 [n], as `functools.partial(lcx.cream_positions, n, factor)`. Examples have input_ids [n] or [1, n] and
+    draw: generator -> int64 [n], as `functools.partial(lcx.cream_positions, n, factor)`; a partial of the samplers that
+    take a list of generators draws a whole batch at once. Examples have input_ids [n] or [1, n] and
     "index", which with the seed decides the labels, whatever the workers and the batch. Without the all-ones
     attention_mask transformers would take each jump for a new text and cut the attention there.
 
@@ -95,8 +96,10 @@ class PositionLabels:
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = collate([{k: v for k, v in item.items() if k != "index"} for item in items])
-        drawn = [self.draw(np.random.default_rng([self.seed, int(item["index"])])) for item in items]
-        labels, n = torch.from_numpy(np.stack(drawn)), batch["input_ids"].shape[1]
+        generators = [np.random.default_rng([self.seed, int(item["index"])]) for item in items]
+        whole = getattr(self.draw, "func", self.draw) in cream.BATCHED
+        drawn = self.draw(generators) if whole else np.stack([self.draw(g) for g in generators])
+        labels, n = torch.from_numpy(drawn), batch["input_ids"].shape[1]
         if labels.shape != batch["input_ids"].shape:
             raise LcxError(
                 f"examples of {n} tokens for {labels.shape[1]} position labels: join short texts and cut long ones to {labels.shape[1]}"

@@ -7,11 +7,51 @@ jump for the start of a new packed sequence and silently cuts the attention ther
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..errors import LcxError
 
 GRID = 1000  # points of the release's inverse-CDF table
+
+
+class Each:
+    """Generators that stand for one: drawing as many numbers as there are takes one from each, as it would be drawn alone.
+
+    So row i of a batch depends on generator i alone. `cream_positions`, `pose_positions` and `randpos_positions` take a
+    list of generators and use it through this.
+    """
+
+    def __init__(self, generators: Sequence[np.random.Generator]):
+        self.generators = generators
+
+    def random(self, size: int) -> np.ndarray:
+        return np.array([g.random() for g in self.generators])
+
+    def integers(self, low, high, size: int | None = None, endpoint: bool = False) -> np.ndarray:
+        low, high = (np.broadcast_to(x, len(self.generators)).tolist() for x in (low, high))
+        bounds = zip(self.generators, low, high, strict=True)
+        return np.array([g.integers(a, b, endpoint=endpoint) for g, a, b in bounds])
+
+
+Random = np.random.Generator | Sequence[np.random.Generator] | None
+
+
+def _rows(rng: Random, size: int | None) -> tuple[np.random.Generator | Each, int, bool]:
+    """(what to draw from, rows, is the result a single row without the first axis)."""
+    if isinstance(rng, Sequence):
+        return Each(rng), len(rng), False
+    return np.random.default_rng() if rng is None else rng, 1 if size is None else size, size is None
+
+
+def _shifted(n: int, lengths, shifts) -> np.ndarray:
+    """0 ... n-1 in runs, each moved up by its shift; lengths and shifts: runs, each int [B] -> int64 [B, n]."""
+    b = len(lengths[-1])
+    flat = [np.stack([np.broadcast_to(x, b) for x in xs], 1).ravel() for xs in (lengths, shifts)]
+    labels = np.repeat(flat[1], flat[0]).reshape(b, n)
+    labels += np.arange(n)
+    return labels
 
 
 def _check(n: int, factor: int) -> tuple[int, int]:
@@ -23,7 +63,7 @@ def _check(n: int, factor: int) -> tuple[int, int]:
 
 
 def sample_alpha(
-    factor: int, rng: np.random.Generator, *, sigma: float, size: int, release: bool = False
+    factor: int, rng: np.random.Generator | Each, *, sigma: float, size: int, release: bool = False
 ) -> np.ndarray:
     """alpha in [1, factor], the n-block in which the middle ends (float64 [size]).
 
@@ -47,7 +87,7 @@ def sample_alpha(
 def cream_positions(
     n: int,
     factor: int,
-    rng: np.random.Generator | None = None,
+    rng: Random = None,
     *,
     sigma: float | None = None,
     relative_sigma: float = 3 / 8,
@@ -58,7 +98,8 @@ def cream_positions(
 ) -> np.ndarray:
     """CREAM labels (Wu et al. 2024, Algorithm 1): head 0 ... h-1, a middle run, tail ending at n*factor-1.
 
-    n: tokens of an example. factor: target length over n. Returns int64 [n], or [size, n] with `size`.
+    n: tokens of an example. factor: target length over n. Returns int64 [n], or [size, n] with `size`. rng: a
+    generator, or a list of generators, which gives [len(rng), n]: each row as its own generator would draw it alone.
     Each example flips a coin: relativity (three runs of n/3, many long distances) with probability `p_relativity`, or
     continuity (head and tail of `k` labels, one long middle; k defaults to 4*factor as released).
     sigma: spread of the middle in half blocks, the paper's unit; by default `relative_sigma * factor`, which is the
@@ -68,11 +109,10 @@ def cream_positions(
     Raises LcxError for n < 3, a factor that is not whole, sigma <= 0, or a k that leaves no middle.
     """
     n, factor = _check(n, factor)
-    rng = np.random.default_rng() if rng is None else rng
-    b = 1 if size is None else size
+    rng, b, single = _rows(rng, size)
     if factor == 1:
         labels = np.tile(np.arange(n), (b, 1))
-        return labels[0] if size is None else labels
+        return labels[0] if single else labels
     sigma = (3.0 if release else relative_sigma * factor) if sigma is None else sigma
     if sigma <= 0:
         raise LcxError(f"sigma must be positive, got {sigma}")
@@ -86,40 +126,38 @@ def cream_positions(
     high = np.maximum(np.floor(alpha * n).astype(np.int64) - h - 1, low)
     end = rng.integers(low, high, endpoint=True)
     start = end - (m - 1)
-    i = np.arange(n)
-    labels = i + (i >= h[:, None]) * (start - h)[:, None]
-    labels += (i >= (n - h)[:, None]) * (n * factor - n - start + h)[:, None]
-    return labels[0] if size is None else labels
+    labels = _shifted(n, (h, m, h), (0, start - h, n * factor - n))
+    return labels[0] if single else labels
 
 
-def pose_positions(
-    n: int, factor: int, rng: np.random.Generator | None = None, *, size: int | None = None
-) -> np.ndarray:
+def pose_positions(n: int, factor: int, rng: Random = None, *, size: int | None = None) -> np.ndarray:
     """PoSE labels (Zhu et al. 2023), two chunks: 0 ... l-1, then the rest shifted by u ~ U{0 ... n*factor - n}.
 
-    The first chunk has l ~ U{1 ... ceil(n/2)} labels, as in the released code. Returns int64 [n] or [size, n].
+    The first chunk has l ~ U{1 ... ceil(n/2)} labels, as in the released code. Returns int64 [n] or [size, n];
+    rng as in `cream_positions`.
     """
     n, factor = _check(n, factor)
-    rng = np.random.default_rng() if rng is None else rng
-    b = 1 if size is None else size
+    rng, b, single = _rows(rng, size)
     first = rng.integers(1, -(-n // 2), size=b, endpoint=True)
     skip = rng.integers(0, n * factor - n, size=b, endpoint=True)
-    i = np.arange(n)
-    labels = i + (i >= first[:, None]) * skip[:, None]
-    return labels[0] if size is None else labels
+    labels = _shifted(n, (first, n - first), (0, skip))
+    return labels[0] if single else labels
 
 
-def randpos_positions(
-    n: int, factor: int, rng: np.random.Generator | None = None, *, size: int | None = None
-) -> np.ndarray:
-    """Randomized positions (Ruoss et al. 2023): n labels drawn without replacement and sorted. int64 [n] or [size, n]."""
+def randpos_positions(n: int, factor: int, rng: Random = None, *, size: int | None = None) -> np.ndarray:
+    """Randomized positions (Ruoss et al. 2023): n labels drawn without replacement and sorted. int64 [n] or [size, n].
+
+    rng as in `cream_positions`.
+    """
     n, factor = _check(n, factor)
-    rng = np.random.default_rng() if rng is None else rng
-    draws = [
-        np.sort(rng.choice(n * factor, n, replace=False, shuffle=False))
-        for _ in range(1 if size is None else size)
-    ]
-    return draws[0] if size is None else np.stack(draws)
+    rng, b, single = _rows(rng, size)
+    generators = rng.generators if isinstance(rng, Each) else [rng] * b
+    labels = np.stack([g.choice(n * factor, n, replace=False, shuffle=False) for g in generators])
+    labels.sort()
+    return labels[0] if single else labels
+
+
+BATCHED = (cream_positions, pose_positions, randpos_positions)  # take a list of generators
 
 
 def longrecipe_positions(sentence_lengths, factor: int, rng: np.random.Generator | None = None) -> np.ndarray:
