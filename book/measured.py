@@ -1,0 +1,143 @@
+"""Write the measured tables of related-work.md from the committed results: `python book/measured.py`.
+
+A Markdown page cannot compute. Each table stands between two comments and is made anew from book/results, so a test can
+tell an outdated page. What is not measured yet says so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+from lcx.errors import LcxError
+from lcx.results import result
+
+PAGE = Path(__file__).parent / "related-work.md"
+BLOCK = re.compile(r"(<!-- measured (\w+) -->\n).*?(<!-- end -->)", re.S)
+
+ARMS = {  # (arm, scaling) of cream-needles.json -> how the page calls it
+    ("zero-shot", "none"): "nothing",
+    ("zero-shot", "yarn"): "YaRN, no training",
+    ("zero-shot", "selfextend"): "SelfExtend, no training",
+    ("ordinary", "yarn"): "YaRN, trained with ordinary labels",
+    ("randpos", "yarn"): "YaRN, trained with RandPos",
+    ("longrecipe", "yarn"): "YaRN, trained with LongRecipe's labels",
+    ("pose", "yarn"): "YaRN, trained with PoSE",
+    ("cream", "yarn"): "YaRN, trained with CREAM",
+    ("full", "yarn"): "YaRN, trained on rows of the target length",
+}
+SCALINGS = {"linear": "linear", "ntk": "NTK-aware", "dynamic": "dynamic NTK", "yarn": "YaRN"}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
+
+
+def interval(row: dict, digits: int = 0) -> str:
+    """The ends of an interval of shares, in percent; one seed has none."""
+    if row["low"] is None:
+        return "–"
+    return f"{100 * row['low']:.{digits}f} to {100 * row['high']:.{digits}f}"
+
+
+def needles() -> str:
+    data = result("cream-needles")
+    longest = data["window"] * data["factor"]
+    at = {(r["arm"], r["scaling"], r["length"]): r for r in data["means"]}
+    lengths = sorted({r["length"] for r in data["means"]})
+    rows = [
+        [name, *(f"{100 * at[*arm, n]['mean']:.0f}" for n in lengths)]
+        + [f"{interval(at[*arm, longest])} ({at[*arm, longest]['seeds']} seeds)"]
+        for arm, name in ARMS.items()
+        if (*arm, longest) in at
+    ]
+    return table(["what is done", *(f"{n} tokens" for n in lengths), f"95 % interval at {longest}"], rows)
+
+
+def pairs() -> str:
+    data = result("cream-needles")
+    longest = data["window"] * data["factor"]
+    rows = [
+        [f"{r['a'].upper()} − {names[r['b']]}", SCALINGS[r["scaling"]], r["depths"]]
+        + [f"{100 * r['mean']:+.1f}", interval(r, 1), f"{r['wins']} of {r['seeds']}"]
+        for names in [{"pose": "PoSE", "longrecipe": "LongRecipe's labels"}]
+        for r in data["paired"]
+        if r["a"] == "cream" and r["b"] in names and r["length"] == longest
+    ]
+    return table(["pair", "RoPE", "depths", "difference", "95 % interval", "seeds in favour"], rows)
+
+
+def text() -> str:
+    data = result("cream-text")
+    runs: dict[tuple[str, str], list[list[float]]] = {}
+    for r in data["rows"]:
+        runs.setdefault((r["arm"], r["scaling"]), []).append(r["nll"])
+    bins = len(data["rows"][0]["nll"])
+    parts = (0, bins // 8), (bins // 8, 3 * bins // 4), (3 * bins // 4, bins)
+    heads = [f"{a * data['width']:,} to {b * data['width'] - 1:,}" for a, b in parts]
+    rows = [
+        [f"{arm}, {scaling}", *(f"{mean(mean(nll[a:b]) for nll in nlls):.2f}" for a, b in parts)]
+        + [str(len(nlls))]
+        for (arm, scaling), nlls in runs.items()
+    ]
+    return table(["labels, RoPE", *heads, "seeds"], rows)
+
+
+def scaling() -> str:
+    data, plain = result("smollm2-scaling"), result("smollm2-ppl-by-position")
+    half = data["window"] // data["width"]
+    curves = {"none": plain["plain"][: len(data["texts"])], **data["nll"]}
+    rows = [
+        [SCALINGS.get(name, name)]
+        + [f"{mean(mean(nll[part]) for nll in nlls):.2f}" for part in (slice(0, half), slice(half, None))]
+        for name, nlls in curves.items()
+        if name in SCALINGS or name == "none"
+    ]
+    return table(["RoPE", f"first {data['window']:,} positions", f"next {data['window']:,}"], rows)
+
+
+def smollm2() -> str:
+    data = result("smollm2-cream")
+    longest = data["window"] * data["factor"]
+    cells: dict[tuple[str, str], list[dict]] = {}
+    for c in data["cells"]:
+        if c["length"] == longest:
+            cells.setdefault((c["model"], c["task"]), []).append(c)
+    tasks = list(data["lengths"])
+    share = {key: sum(c["hits"] for c in mine) / sum(c["n"] for c in mine) for key, mine in cells.items()}
+    models = list(dict.fromkeys(model for model, _ in cells))
+    rows = [[model, *(f"{100 * share[model, task]:.0f}" for task in tasks)] for model in models]
+    return table([f"at {longest:,} tokens", *tasks], rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "needles": ("cream-needles", needles),
+    "pairs": ("cream-needles", pairs),
+    "text": ("cream-text", text),
+    "scaling": ("smollm2-scaling", scaling),
+    "smollm2": ("smollm2-cream", smollm2),
+}
+
+
+def filled(page: str) -> str:
+    """The text of the page with its tables made anew."""
+
+    def fill(block: re.Match) -> str:
+        name, make = TABLES[block[2]]
+        try:
+            body = make()
+        except LcxError:  # no such result yet
+            body = f"Not run yet: `lcx measure {name}` makes it."
+        return f"{block[1]}{body}\n{block[3]}"
+
+    return BLOCK.sub(fill, page)
+
+
+if __name__ == "__main__":
+    new = PAGE.with_suffix(".tmp")
+    new.write_text(filled(PAGE.read_text("utf-8")), "utf-8")
+    os.replace(new, PAGE)

@@ -1,0 +1,118 @@
+"""The page on related work: its measured tables are those of the committed results, its map names what it describes."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+BOOK = Path(__file__).resolve().parents[2] / "book"
+LENGTHS = ("64", "512")
+
+
+@pytest.fixture(scope="module")
+def page():
+    return (BOOK / "related-work.md").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(BOOK / "measured.py"))
+
+
+def block(page, name):
+    """The rows of a measured table below its rule, each a list of cells; none if nothing was measured."""
+    text = re.search(rf"<!-- measured {name} -->\n(.*?)<!-- end -->", page, re.S)[1]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def committed(name):
+    path = BOOK / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def test_tables_are_made_from_the_committed_results(page, script):
+    assert script["filled"](page) == page, "outdated: run python book/measured.py"
+    assert re.findall(r"<!-- measured (\w+) -->", page) == list(script["TABLES"])
+
+
+def test_needles_are_the_means_of_the_measured_rows(page, script):
+    """Counted here from the rows of each seed, not from the summary in the file."""
+    if (data := committed("cream-needles")) is None:
+        return  # the page says so: see the test above
+    rows = {cells[0]: cells for cells in block(page, "needles")}
+    assert len(rows) == len(script["ARMS"])
+    for (arm, scaling), name in script["ARMS"].items():
+        mine = [r["accuracy"] for r in data["rows"] if (r["arm"], r["scaling"]) == (arm, scaling)]
+        shown = [float(x) for x in rows[name][1:5]]
+        true = [100 * mean(mean(a[n]) for a in mine) for n in mine[0]]
+        assert shown == pytest.approx(true, abs=0.51), name
+        assert rows[name][5].endswith(f"({len(mine)} seeds)")
+
+
+def test_differences_are_paired_by_seed(page):
+    if (data := committed("cream-needles")) is None:
+        return
+    rows = {tuple(cells[:3]): cells for cells in block(page, "pairs")}
+    by = {(r["arm"], r["seed"]): r["accuracy"]["512"] for r in data["rows"] if r["scaling"] == "yarn"}
+    seeds = sorted({s for arm, s in by if arm == "cream"} & {s for arm, s in by if arm == "pose"})
+    for depths, part in (("all", slice(0, 9)), ("middle", slice(3, 6))):
+        gains = [mean(by["cream", s][part]) - mean(by["pose", s][part]) for s in seeds]
+        cells = rows["CREAM − PoSE", "YaRN", depths]
+        assert float(cells[3]) == pytest.approx(100 * mean(gains), abs=0.051)
+        assert cells[5] == f"{sum(g > 0 for g in gains)} of {len(seeds)}"
+
+
+def test_text_losses_are_means_over_positions_and_seeds(page):
+    if (data := committed("cream-text")) is None:
+        return
+    for cells in block(page, "text"):
+        arm, scaling = cells[0].split(", ")
+        mine = [r["nll"] for r in data["rows"] if (r["arm"], r["scaling"]) == (arm, scaling)]
+        last = mean(mean(nll[12:]) for nll in mine)
+        assert float(cells[3]) == pytest.approx(last, abs=0.0051) and int(cells[4]) == len(mine)
+
+
+def test_made_up_results_come_through(script, tmp_path, monkeypatch):
+    """The same code on results that are known: what is there is shown, what is not is called not run."""
+    accuracy = {"cream": 0.8, "pose": 0.6}
+    means = [
+        {"arm": arm, "scaling": "yarn", "length": int(n), "mean": a, "low": a - 0.1, "high": a + 0.1, "seeds": 8}
+        for arm, a in accuracy.items()
+        for n in LENGTHS
+    ]  # fmt: skip
+    paired = [
+        {"scaling": "yarn", "a": "cream", "b": "pose", "length": 512, "depths": "all", "mean": 0.2, "low": -0.05, "high": 0.45,
+         "wins": 7, "seeds": 8}
+    ]  # fmt: skip
+    data = {"window": 64, "factor": 8, "means": means, "paired": paired}
+    (tmp_path / "cream-needles.json").write_text(json.dumps(data))
+    monkeypatch.setattr("lcx.results.results_dir", lambda: tmp_path)
+    page = "".join(f"<!-- measured {name} -->\nold\n<!-- end -->\n" for name in script["TABLES"])
+    made = script["filled"](page)
+    assert block(made, "needles") == [
+        ["YaRN, trained with PoSE", "60", "60", "50 to 70 (8 seeds)"],
+        ["YaRN, trained with CREAM", "80", "80", "70 to 90 (8 seeds)"],
+    ]
+    assert block(made, "pairs") == [["CREAM − PoSE", "YaRN", "all", "+20.0", "-5.0 to 45.0", "7 of 8"]]
+    assert made.count("Not run yet: `lcx measure ") == 3 and "old" not in made
+
+
+def test_every_work_of_the_map_has_a_paragraph(page):
+    table = page.partition("## The map")[2].partition("## When")[0]
+    named = [
+        name.strip()
+        for line in table.splitlines()
+        if line.startswith("| **")
+        for name in re.split(r"[,;]", line.strip("| ").split("|")[-1])
+    ]
+    assert len(named) > 18
+    short = {"PI": "Position interpolation", "retrieval": "Retrieval meets long context"}
+    for name in named:
+        entry = re.search(rf"^\*\*{re.escape(short.get(name, name))}\*\*.*(?:\n(?!\n).*)*", page, re.M)
+        assert entry, f"{name}: no paragraph"
+        assert "*Pick it*" in entry[0] or "*Pick* both" in entry[0], name
+        assert "](https://" in entry[0], f"{name}: no link to the work"
