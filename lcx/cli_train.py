@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .errors import LcxError
+from .presets import LISTED, recipe
 
 train_app = typer.Typer(
     no_args_is_help=True,
@@ -39,11 +40,18 @@ Out = Annotated[
 Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
 Accumulation = Annotated[int, typer.Option(min=1, help="Batches per step.")]
 Checkpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    bool,
+    typer.Option("--gradient-checkpointing/--no-gc", help="Less memory, a third more time."),
 ]
-LearningRate = Annotated[float | None, typer.Option(help="Constant.", show_default="2e-5, with LoRA 2e-4")]
+LearningRate = Annotated[float | None, typer.Option(help="The highest.", show_default="2e-5, with LoRA 2e-4")]
+LrSchedule = Annotated[
+    str, typer.Option(help="After the warm-up: constant, linear or cosine, both down to 0.")
+]
+Warmup = Annotated[int, typer.Option(min=0, help="Steps from 0 up to the learning rate.")]
+WeightDecay = Annotated[float, typer.Option(min=0, help="Of AdamW.")]
+Beta2 = Annotated[float, typer.Option(min=0, max=1, help="Of AdamW.")]
 Seed = Annotated[int, typer.Option(help="Seed of order and adapters.")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")]
+Bf16 = Annotated[bool, typer.Option("--bf16/--fp32", help="Compute in bfloat16.")]
 SaveSteps = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
 
 
@@ -80,6 +88,10 @@ def focused(
     gradient_accumulation: Accumulation = 1,
     gradient_checkpointing: Checkpointing = False,
     learning_rate: LearningRate = None,
+    lr_schedule: LrSchedule = "constant",
+    warmup_steps: Warmup = 0,
+    weight_decay: WeightDecay = 0.01,
+    adam_beta2: Beta2 = 0.95,
     lora_rank: Annotated[
         int, typer.Option(min=0, help="Train LoRA adapters of this rank, merged at the end. 0: all weights.")
     ] = 0,
@@ -115,6 +127,10 @@ def landmark(
     gradient_accumulation: Accumulation = 1,
     gradient_checkpointing: Checkpointing = False,
     learning_rate: LearningRate = None,
+    lr_schedule: LrSchedule = "constant",
+    warmup_steps: Warmup = 0,
+    weight_decay: WeightDecay = 0.01,
+    adam_beta2: Beta2 = 0.95,
     lora_rank: Annotated[
         int,
         typer.Option(
@@ -135,12 +151,21 @@ def landmark(
     _run(LandmarkSettings, ctx.params)
 
 
-@train_app.command()
+@train_app.command(
+    epilog="\n\n".join(("Presets:", *(f"{names}: {about}" for names, about in LISTED.items())))
+)
 def cream(
     ctx: typer.Context,
     model: Model,
     data: Data,
     out: Out,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A published recipe, one of those below. Options given besides it go before its own.",
+            show_default=False,
+        ),
+    ] = None,
     sampler: Annotated[
         str,
         typer.Option(
@@ -159,7 +184,10 @@ def cream(
         ),
     ] = None,
     released: Annotated[
-        bool, typer.Option("--released", help="CREAM as in the authors' code: sigma 3, clipped and floored.")
+        bool,
+        typer.Option(
+            "--released/--exact", help="CREAM as in the authors' code: sigma 3, clipped and floored."
+        ),
     ] = False,
     scaling: Annotated[str, typer.Option(help="RoPE: linear, ntk, yarn, yarn_harmonic or none.")] = "linear",
     steps: Steps = 1000,
@@ -167,6 +195,10 @@ def cream(
     gradient_accumulation: Accumulation = 1,
     gradient_checkpointing: Checkpointing = False,
     learning_rate: LearningRate = None,
+    lr_schedule: LrSchedule = "constant",
+    warmup_steps: Warmup = 0,
+    weight_decay: WeightDecay = 0.01,
+    adam_beta2: Beta2 = 0.95,
     lora_rank: Annotated[
         int, typer.Option(min=0, help="Train LoRA adapters of this rank, merged at the end. 0: all weights.")
     ] = 0,
@@ -180,7 +212,13 @@ def cream(
     """
     from .finetune_cream import CreamSettings
 
-    _run(CreamSettings, ctx.params)
+    options = ctx.params
+    if preset:
+        given = {
+            name: v for name, v in options.items() if ctx.get_parameter_source(name).name == "COMMANDLINE"
+        }
+        options = options | recipe(preset, given, int(os.environ.get("WORLD_SIZE", 1)))
+    _run(CreamSettings, options)
 
 
 def _run(kind, options: dict) -> None:

@@ -21,6 +21,7 @@ from .results import made_by, write_json
 
 CHECKPOINTS = "checkpoints"  # inside the output folder, until training is finished
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4  # the first is LongLLaMA's
+LR_SCHEDULES = ("constant", "linear", "cosine")  # after the warm-up, the last two down to 0
 
 
 def read_texts(sources: Sequence[str]) -> list[str]:
@@ -70,12 +71,22 @@ class Settings:
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     learning_rate: float | None = None
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.95
     lora_rank: int = 0
     seed: int = 0
     bf16: bool = False
 
     def check(self) -> None:
         """Raise LcxError, before anything is read, if the settings do not fit each other."""
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise LcxError(f"lr_schedule {self.lr_schedule!r} is none: use {', '.join(LR_SCHEDULES)}")
+        if self.warmup_steps >= self.steps:
+            raise LcxError(
+                f"warmup_steps {self.warmup_steps} leave none of {self.steps} steps at the learning rate: use fewer"
+            )
         if self.lora_rank and importlib.util.find_spec("peft") is None:
             raise LcxError("LoRA needs the package peft: python -m pip install peft")
 
@@ -194,9 +205,11 @@ def _arguments(s: Settings, out: Path, save_steps: int):
             per_device_train_batch_size=s.batch_size,
             gradient_accumulation_steps=s.gradient_accumulation,
             learning_rate=s.learning_rate,
-            lr_scheduler_type="constant",
-            weight_decay=0.01,
-            adam_beta2=0.95,
+            # transformers' "constant" would leave out the warm-up
+            lr_scheduler_type="constant_with_warmup" if s.lr_schedule == "constant" else s.lr_schedule,
+            warmup_steps=s.warmup_steps,
+            weight_decay=s.weight_decay,
+            adam_beta2=s.adam_beta2,
             bf16=s.bf16,
             use_cpu=not (
                 torch.cuda.is_available() or torch.backends.mps.is_available()

@@ -28,6 +28,7 @@ class CreamSettings(Settings):
     A row has as many tokens as the model's window, with sampler "full" factor times as many.
     """
 
+    preset: str | None = None  # the name alone: its options are in the other fields
     sampler: str = "cream"
     factor: int = 8
     sigma: float | None = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+import re
 import sys
 
 import numpy as np
@@ -17,6 +19,7 @@ from lcx import cli
 from lcx.errors import LcxError
 from lcx.finetune import finetune
 from lcx.finetune_cream import CreamSettings, PositionLabels, Rows
+from lcx.presets import LISTED, PRESETS, recipe
 from lcx.train import Documents
 from tests.unit.test_train import make_tiny, model_of, quiet_cpu  # noqa: F401
 
@@ -176,6 +179,13 @@ def test_interrupted_then_resumed(settings, tmp_path, monkeypatch, rank):
         (["--scaling", "dynamic"], "scaling 'dynamic' is none to train with: use one of none, linear"),
         (["--sampler", "pose", "--k", "4"], "sigma, k and released are CREAM's"),
         (["--batch-size", "600"], "rows of 64 tokens, one step needs 600"),
+        (["--preset", "cream-32k"], "no preset 'cream-32k': use one of cream-released-{32k"),
+        (
+            ["--preset", "pose-16k-yarn", "--batch-size", "24"],
+            "which 1 processes with batches of 24 cannot make",
+        ),
+        (["--lr-schedule", "steep"], "lr_schedule 'steep' is none: use constant, linear, cosine"),
+        (["--warmup-steps", "5", "--steps", "5"], "warmup_steps 5 leave none of 5 steps"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -205,3 +215,73 @@ def test_the_command(tiny, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("at step 2, 128 tokens")
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["settings"]["sampler"] == "cream" and card["settings"]["released"] is True
+
+
+# Presets -----------------------------------------------------------------------------------------------------------
+
+
+def names(pattern):
+    """a-{b,c} -> a-b, a-c."""
+    parts = [part.split(",") for part in re.split(r"[{}]", pattern)]
+    return {"".join(choice) for choice in itertools.product(*parts)}
+
+
+def test_the_listed_presets_are_those_there_are():
+    assert set().union(*map(names, LISTED)) == PRESETS.keys()
+    for name in PRESETS:
+        CreamSettings("llama", ("text",), preset=name, **recipe(name, {})).check()
+    long = recipe("cream-covering-256k-yarn", {})
+    assert (long["factor"], long["scaling"], long["released"]) == (64, "yarn_harmonic", False)
+    assert (
+        recipe("cream-released-64k-linear", {})["released"] and recipe("pose-128k-linear", {})["factor"] == 64
+    )
+
+
+@pytest.mark.parametrize("name", ["cream-released-32k-linear", "pose-16k-yarn"])
+def test_a_step_of_a_preset_has_its_rows_on_any_number_of_processes(name):
+    rows = PRESETS[name]["rows"]
+    for processes in (1, 2, 4, 8, 16):
+        for given in ({}, {"batch_size": 1}, {"batch_size": 2}):
+            options = recipe(name, given, processes)
+            assert options.items() >= given.items() and "rows" not in options
+            assert options["batch_size"] * options["gradient_accumulation"] * processes == rows
+    given = {"batch_size": 3, "gradient_accumulation": 5}
+    assert recipe(name, given).items() >= given.items()
+    with pytest.raises(LcxError, match=f"has {rows} rows in a step, which 3 processes"):
+        recipe(name, {}, 3)
+
+
+def test_a_preset_gives_the_options_that_are_not_given(tiny, tmp_path, monkeypatch):
+    args = ["train", "cream", str(tiny), "--data", str(tiny / "text.txt"), "--out", str(tmp_path / "out")]
+    less = ["--steps", "3", "--warmup-steps", "1", "--batch-size", "1", "--gradient-accumulation", "2"]
+    monkeypatch.setattr(sys, "argv", ["lcx", *args, "--preset", "cream-released-32k-yarn", *less, "--k", "7"])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert not done.value.code
+    settings = json.loads((tmp_path / "out" / "card.json").read_text())["settings"]
+    assert settings["preset"] == "cream-released-32k-yarn"
+    given = {"steps": 3, "warmup_steps": 1, "batch_size": 1, "gradient_accumulation": 2, "k": 7}
+    kept = {k: v for k, v in PRESETS[settings["preset"]].items() if k not in given and k != "rows"}
+    assert settings.items() >= (kept | given | {"learning_rate": 2e-5}).items()
+    config = model_of(tmp_path / "out").config
+    assert config.rope_parameters["rope_type"] == "yarn_harmonic" and config.max_position_embeddings == 8 * N
+
+
+@pytest.mark.parametrize(
+    ("schedule", "share"),
+    [("constant", [0, 0.5, 1, 1, 1, 1]), ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25])],
+)
+def test_warm_up_and_schedule(settings, tmp_path, monkeypatch, schedule, share):
+    from transformers import Trainer
+
+    groups, compute_loss = [], Trainer.compute_loss
+
+    def note(self, *args, **kwargs):
+        groups.extend(dict(g) for g in self.optimizer.param_groups[:1])
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", note)
+    changes = dict(steps=6, lr_schedule=schedule, warmup_steps=2, weight_decay=0.5, adam_beta2=0.9)
+    finetune(dataclasses.replace(settings, **changes), tmp_path / "out")
+    assert [g["lr"] for g in groups] == pytest.approx([3e-3 * s for s in share])
+    assert all(g["weight_decay"] == 0.5 and g["betas"] == (0.9, 0.9) for g in groups)
