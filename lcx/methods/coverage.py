@@ -46,28 +46,33 @@ def coverage(
     """Draw `examples` label vectors with `draw(rng)` (int64 [n], increasing) and count what they cover."""
     length = n * factor
     rng = np.random.default_rng(seed)
-    distance, label = np.zeros(length), np.zeros(length)
+    label, distance, edges = np.zeros(length), np.zeros(length), np.zeros(length + 1)
     for _ in range(examples):
         p = draw(rng)
         label[p] += 1
-        distance += _distances(p, length)
+        cuts = np.flatnonzero(np.diff(p) != 1) + 1
+        if len(cuts) > 8:  # scattered labels: the autocorrelation counts every pair at once
+            x = np.zeros(2 * length)
+            x[p] = 1
+            f = np.fft.rfft(x)
+            distance += np.fft.irfft(f * f.conj())[:length] > 0.5
+        else:
+            for low, high in _spans(p[np.r_[0, cuts]], p[np.r_[cuts - 1, len(p) - 1]]):
+                edges[low] += 1
+                edges[high + 1] -= 1
+    distance += np.cumsum(edges)[:-1]
     distance[0] = 0
     return Coverage(n, factor, examples, distance / examples, label / examples)
 
 
-def _distances(p: np.ndarray, length: int) -> np.ndarray:
-    """0/1 for each distance 0 ... length-1: does it occur between two labels of p?"""
-    cuts = np.flatnonzero(np.diff(p) != 1) + 1
-    if len(cuts) > 8:  # scattered labels: the autocorrelation counts every pair at once
-        x = np.zeros(2 * length)
-        x[p] = 1
-        f = np.fft.rfft(x)
-        return (np.fft.irfft(f * f.conj())[:length] > 0.5).astype(float)
-    first, last = p[np.r_[0, cuts]], p[np.r_[cuts - 1, len(p) - 1]]
-    seen = np.zeros(length)
-    for a in range(
-        len(first)
-    ):  # two runs a <= b are at every distance from first[b]-last[a] to last[b]-first[a]
-        for b in range(a, len(first)):
-            seen[max(0, first[b] - last[a]) : last[b] - first[a] + 1] = 1
-    return seen
+def _spans(first: np.ndarray, last: np.ndarray) -> list[tuple[int, int]]:
+    """Distances between labels of the runs first ... last, as disjoint ranges with both ends."""
+    f, e = first.tolist(), last.tolist()
+    pairs = sorted((max(0, f[b] - e[a]), e[b] - f[a]) for b in range(len(f)) for a in range(b + 1))
+    spans = pairs[:1]
+    for low, high in pairs[1:]:
+        if low > spans[-1][1]:
+            spans.append((low, high))
+        elif high > spans[-1][1]:
+            spans[-1] = (spans[-1][0], high)
+    return spans
