@@ -57,7 +57,7 @@ def coverage(
             f = np.fft.rfft(x)
             distance += np.fft.irfft(f * f.conj())[:length] > 0.5
         else:
-            for low, high in _spans(p[np.r_[0, cuts]], p[np.r_[cuts - 1, len(p) - 1]]):
+            for low, high in _spans(p[np.append(0, cuts)], p[np.append(cuts - 1, -1)]):
                 edges[low] += 1
                 edges[high + 1] -= 1
     distance += np.cumsum(edges)[:-1]
