@@ -29,6 +29,7 @@ _HOME = {
     "longrecipe_positions": "methods.cream",
     "coverage": "methods.coverage",
     "scale_rope": "methods.scaling",
+    "PositionLabels": "finetune_cream",
     "selfextend_distances": "methods.selfextend",
     "selfextend_attention": "methods.selfextend",
     "SelfExtend": "selfextend",

@@ -56,7 +56,7 @@ def recipes() -> dict[str, Recipe]:
         r.name: r
         for r in (
             lm_256.RECIPE,
-            needle_64.RECIPE,
+            *needle_64.RECIPES,
             *topic.RECIPES,
             *needle_memory.RECIPES,
             *dictionary.RECIPES,

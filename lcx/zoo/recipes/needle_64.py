@@ -1,6 +1,12 @@
-"""needle-64: learned needle-copy in 64 tokens. The base that the methods are compared on at 128 tokens and more."""
+"""needle-64 and needle-33-64: learned needle-copy in at most 64 tokens, the second one at all lengths that hold a needle.
+
+needle-64 saw 64 tokens in every sequence, and finds its needle near that length only (chapter 3). needle-33-64 is the base
+on which position labels are compared (chapter 10): what it lacks beyond 64 tokens is the positions alone.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -8,6 +14,8 @@ from ...tasks.needle_copy import BOS, FILLER, NEEDLE, VOCAB_SIZE, needle_copy
 from . import COPYING, Recipe
 
 WINDOW = 64
+SHORTEST = 33  # BOS, the needle and its repeat
+BATCH = 32
 HELDOUT_SEED = 10**6
 
 
@@ -25,15 +33,19 @@ def tokenizer():
 class NeedleCopy(torch.utils.data.Dataset):
     """Sequence i comes from its own seeded generator, so that a resumed training sees the same sequences."""
 
-    def __init__(self, examples: int, seed: int):
-        self.examples, self.seed = examples, seed
+    def __init__(self, examples: int, seed: int, mixed: bool = False):
+        self.examples, self.seed, self.mixed = examples, seed, mixed
 
     def __len__(self) -> int:
         return self.examples
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed((self.seed + 1) * 10**8 + i)
-        input_ids, labels = needle_copy(1, WINDOW, generator=generator)
+        length = WINDOW
+        if self.mixed:  # one length for each batch, the rows of which come in order
+            lengths = torch.Generator().manual_seed((self.seed + 1) * 10**8 - 1 - i // BATCH)
+            length = int(torch.randint(SHORTEST, WINDOW + 1, (), generator=lengths))
+        input_ids, labels = needle_copy(1, length, generator=generator)
         return {"input_ids": input_ids[0], "labels": labels[0]}
 
 
@@ -85,10 +97,34 @@ RECIPE = Recipe(
         "pad_token_id": BOS,
     },
     steps=3000,
-    batch_size=32,
+    batch_size=BATCH,
     training={"learning_rate": 3e-3, **COPYING},
     tokenizer=tokenizer,
     data=data,
     score=score,
     stop_accuracy=0.985,
 )
+
+
+def mixed_data(tok, seed: int, examples: int):
+    return NeedleCopy(examples, seed, mixed=True), NeedleCopy(128, HELDOUT_SEED)
+
+
+def mixed_score(model, tok) -> dict[str, float]:
+    """As score, and the accuracy at the shortest length and between."""
+    between = {f"accuracy_at_{n}": accuracy(model, n, None, sequences=256)[0] for n in (SHORTEST, 48)}
+    return score(model, tok) | between
+
+
+MIXED = replace(
+    RECIPE,
+    name="needle-33-64",
+    about="LLaMA with a 64-token window that copies a needle at every length from 33 to 64, the base of chapter 10",
+    data_about=f"{RECIPE.data_about}, in sequences of {SHORTEST} to {WINDOW} tokens, one length for each batch",
+    data=mixed_data,
+    score=mixed_score,
+    steps=2000,
+    stop_accuracy=None,
+    in_order=True,
+)
+RECIPES = (RECIPE, MIXED)
