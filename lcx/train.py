@@ -91,8 +91,9 @@ class Documents(torch.utils.data.Dataset):
             tokens += [*before, *document, *after]
         size = chunk * chunks_per_doc
         if len(tokens) <= size:
+            fewer = "" if chunks_per_doc == 1 else ", shorter or fewer chunks"
             raise LcxError(
-                f"the text has {len(tokens)} tokens, one item needs {size + 1}: use more text, shorter or fewer chunks"
+                f"the text has {len(tokens)} tokens, one item needs {size + 1}: use more text{fewer}"
             )
         count = (len(tokens) - 1) // size
         inputs = torch.tensor(tokens[: count * size + 1], dtype=torch.int64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import ndtr, ndtri
 
 from ..errors import LcxError
 
@@ -57,7 +58,7 @@ def _shifted(n: int, lengths, shifts) -> np.ndarray:
 def _check(n: int, factor: int) -> tuple[int, int]:
     if n < 3:
         raise LcxError(f"window n must be at least 3, got {n}: head, middle and tail need a label each")
-    if factor < 1 or int(factor) != factor:
+    if not factor >= 1 or factor % 1:
         raise LcxError(f"factor must be a whole number of at least 1, got {factor}: round it up")
     return int(n), int(factor)
 
@@ -71,17 +72,18 @@ def sample_alpha(
     sigma is in half blocks, as in the paper. `release=True` follows the released code instead, which clips (its mass
     beyond the ends is piled on them) and floors to half blocks.
     """
-    import torch  # for the exact inverse of the normal distribution function
-
-    low, high = (1 - factor) / sigma, (factor - 1) / sigma
     u = rng.random(size)
     if release:
-        x = np.linspace(2, 2 * factor, GRID)
-        cdf = torch.special.ndtr(torch.from_numpy((x - 1 - factor) / sigma)).numpy()
-        return np.floor(np.interp(u, cdf, x)) / 2
-    a, b = torch.special.ndtr(torch.tensor([low, high], dtype=torch.float64)).tolist()
-    z = torch.special.ndtri(torch.from_numpy(a + u * (b - a))).numpy()
+        return np.floor(_clipped(u, factor, sigma)) / 2
+    low, high = ndtr(np.array([1 - factor, factor - 1]) / sigma)
+    z = ndtri(low + u * (high - low))
     return np.clip((1 + factor) / 2 + z * sigma / 2, 1, factor)
+
+
+def _clipped(u: np.ndarray, factor: int, sigma: float) -> np.ndarray:
+    """2 alpha of the release before it floors: u through a table of the inverse distribution function, which ends at 2 and 2f."""
+    x = np.linspace(2, 2 * factor, GRID)
+    return np.interp(u, ndtr((x - 1 - factor) / sigma), x)
 
 
 def cream_positions(
@@ -114,12 +116,14 @@ def cream_positions(
         labels = np.tile(np.arange(n), (b, 1))
         return labels[0] if single else labels
     sigma = (3.0 if release else relative_sigma * factor) if sigma is None else sigma
-    if sigma <= 0:
+    if not 0 < sigma < np.inf:
         raise LcxError(f"sigma must be positive, got {sigma}")
     k = 4 * factor if k is None else k
-    if not 1 <= k or n - 2 * k < 1:
-        raise LcxError(f"k = {k} leaves no middle in a window of {n}: use 1 <= k <= {(n - 1) // 2}")
-    h = np.where(rng.random(b) < p_relativity, n // 3, k)  # head length = tail length
+    if not 1 <= k or k % 1 or n - 2 * k < 1:
+        raise LcxError(
+            f"k = {k} leaves no middle in a window of {n}: use a whole number from 1 to {(n - 1) // 2}"
+        )
+    h = np.where(rng.random(b) < p_relativity, n // 3, int(k))  # head length = tail length
     m = n - 2 * h
     alpha = sample_alpha(factor, rng, sigma=sigma, size=b, release=release)
     low = np.floor(h + (m - 1) * alpha).astype(np.int64)

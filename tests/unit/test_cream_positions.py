@@ -1,3 +1,5 @@
+"""Position labels: what each row promises, over random settings. Their distribution is tests/unit/test_cream_distribution.py."""
+
 import functools
 import math
 import time
@@ -7,103 +9,92 @@ import pytest
 
 from lcx.errors import LcxError
 from lcx.methods import cream
-from lcx.methods.coverage import coverage
 
 
 def runs(p):
     return np.diff(np.r_[0, np.flatnonzero(np.diff(p) != 1) + 1, len(p)])
 
 
-def test_cream_invariants_over_random_settings():
+@pytest.fixture
+def fixed_alpha(monkeypatch):
+    """Middles that end in the block the test says: fixed_alpha(2.5)."""
+
+    def fix(alpha):
+        draw = lambda factor, rng, *, sigma, size, release=False: np.full(size, float(alpha))  # noqa: E731
+        monkeypatch.setattr(cream, "sample_alpha", draw)
+
+    return fix
+
+
+def test_cream_is_head_middle_and_tail_over_random_settings():
     meta = np.random.default_rng(0)
     for _ in range(300):
         n, factor = int(meta.integers(16, 8193)), int(meta.integers(2, 65))
         k = int(meta.integers(1, (n - 1) // 2 + 1))
-        release = bool(meta.random() < 0.5)
-        p = cream.cream_positions(
-            n, factor, np.random.default_rng(int(meta.integers(1 << 30))), k=k, release=release
-        )
-        length = n * factor
+        relativity, release = int(meta.integers(2)), bool(meta.integers(2))
+        rng = np.random.default_rng(int(meta.integers(1 << 30)))
+        p = cream.cream_positions(n, factor, rng, k=k, p_relativity=relativity, release=release)
+        length, h = n * factor, n // 3 if relativity else k
         assert p.dtype == np.int64 and p.shape == (n,) and p[0] == 0 and p[-1] == length - 1
-        assert (np.diff(p) >= 1).all()
-        r = runs(p)
-        assert len(r) <= 3
-        if len(r) == 3:
-            assert r[0] == r[2] and r[0] in (k, n // 3)
+        assert (np.diff(p) >= 1).all() and len(runs(p)) <= 3
+        start, end = p[h], p[n - h - 1]
+        assert h <= start and end <= length - h - 1 and end - start == n - 2 * h - 1
+        whole = [np.arange(h), np.arange(start, end + 1), np.arange(length - h, length)]
+        assert (p == np.concatenate(whole)).all()
 
 
-@pytest.mark.parametrize("n,factor,k", [(12, 4, 1), (64, 8, 4)])
-def test_both_ends_of_the_middle_are_reached(n, factor, k):
-    """Continuity, alpha at its two ends: the middle touches the head and touches the tail."""
-    p = cream.cream_positions(
-        n, factor, np.random.default_rng(0), k=k, p_relativity=0, release=True, sigma=50.0, size=4000
-    )
-    starts = p[:, k]
-    assert starts.min() == k  # alpha = 1 glues the middle to the head
-    assert p[:, n - k - 1].max() == n * factor - k - 1  # alpha = factor can glue it to the tail
+@pytest.mark.parametrize("relativity", [0, 1])
+@pytest.mark.parametrize(("n", "factor", "k"), [(12, 4, 1), (13, 4, 2), (16, 2, 3)])
+def test_the_middle_ends_anywhere_in_its_range_and_nowhere_else(fixed_alpha, n, factor, k, relativity):
+    """P_e ~ U{int(h + (m-1) alpha) ... alpha n - h - 1}, exhausted for every half block (specification, section 1.4)."""
+    h = n // 3 if relativity else k
+    m = n - 2 * h
+    for alpha in np.arange(2, 2 * factor + 1) / 2:
+        fixed_alpha(alpha)
+        p = cream.cream_positions(
+            n, factor, np.random.default_rng(0), k=k, p_relativity=relativity, size=4000
+        )
+        low, high = int(h + (m - 1) * alpha), math.floor(alpha * n) - h - 1
+        assert set(p[:, n - h - 1].tolist()) == set(range(low, high + 1))
+        assert abs(high - low - (alpha - 1) * (2 * h + 1)) < 1
+        if alpha == 1:  # the middle is glued to the head
+            assert (p[:, : n - h] == np.arange(n - h)).all()
+        if alpha == factor:  # and here it can touch the tail
+            assert high == n * factor - h - 1
 
 
-def test_end_range_has_the_stated_size():
-    """For fixed alpha (sigma so large that the release piles half the mass on alpha = factor) P_e spans (alpha-1)(2h+1)."""
-    n, factor, k = 12, 4, 1
-    p = cream.cream_positions(
-        n, factor, np.random.default_rng(1), k=k, p_relativity=0, release=True, sigma=1e6, size=20000
-    )
-    ends = p[:, n - k - 1]
-    top = ends[ends > (factor - 0.5) * n - k - 1]
-    assert top.max() - (k + (n - 2 * k - 1) * factor) == (factor - 1) * (2 * k + 1)
+# The ranges of P_e for 4,096 x 8 in section 1.4 of the specification: alpha, continuity, relativity
+RANGES = [
+    (1, (4063, 4063), (2730, 2730)),
+    (1.5, (6078, 6111), (3412, 4778)),
+    (2, (8094, 8159), (4095, 6826)),
+    (4, (16156, 16351), (6825, 15018)),
+    (4.5, (18171, 18399), (7507, 17066)),
+    (6, (24218, 24543), (9555, 23210)),
+    (8, (32280, 32735), (12285, 31402)),
+]
 
 
-def test_worked_table_for_4096_times_8():
-    """The ranges of P_e of the specification: alpha = 1 and 8 in both designs, by exhausting many draws."""
-    rng = np.random.default_rng(2)
-    for p_rel, h, lo8, hi8 in ((0, 32, 32280, 32735), (1, 1365, 12285, 31402)):
-        p = cream.cream_positions(4096, 8, rng, p_relativity=p_rel, release=True, sigma=1e6, size=3000)
-        ends = p[:, 4096 - h - 1]
-        assert ends.min() == 4096 - h - 1
-        assert lo8 <= ends.max() <= hi8
+class Ends:
+    """A generator that draws the lower or the upper end of what it is asked for."""
+
+    def __init__(self, upper):
+        self.upper = upper
+
+    def random(self, size):
+        return np.zeros(size)
+
+    def integers(self, low, high, endpoint):
+        return high if self.upper else low
 
 
-def release_pmf(factor, sigma):
-    phi = lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2)))  # noqa: E731
-    mu = 1 + factor
-    r = np.arange(2, 2 * factor + 1)
-    p = np.array([phi((x + 1 - mu) / sigma) - phi((x - mu) / sigma) for x in r])
-    p[0] += phi((2 - mu) / sigma)
-    p[-1] = 1 - phi((2 * factor - mu) / sigma)
-    return r / 2, p
-
-
-def test_release_alpha_follows_its_exact_table():
-    values, pmf = release_pmf(8, 3.0)
-    np.testing.assert_allclose(pmf[[0, 6, 14]], [0.0228, 0.1306, 0.0098], atol=6e-5)
-    a = cream.sample_alpha(8, np.random.default_rng(3), sigma=3.0, size=200_000, release=True)
-    got = np.array([(a == v).sum() for v in values])
-    assert got.sum() == len(a)
-    chi2 = ((got - pmf * len(a)) ** 2 / (pmf * len(a))).sum()
-    assert chi2 < 36.1  # 14 degrees of freedom, p = 0.001
-
-
-def ks(a, factor, sigma):
-    phi = np.vectorize(lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2))))
-    lo, hi = phi((1 - factor) / sigma), phi((factor - 1) / sigma)
-    a = np.sort(a)
-    cdf = (phi((2 * a - 1 - factor) / sigma) - lo) / (hi - lo)
-    i = np.arange(1, len(a) + 1) / len(a)
-    return max((i - cdf).max(), (cdf - i + 1 / len(a)).max()) * math.sqrt(len(a))
-
-
-def test_exact_alpha_is_the_truncated_gaussian_and_the_release_is_not():
-    exact = cream.sample_alpha(8, np.random.default_rng(4), sigma=3.0, size=200_000)
-    clipped = cream.sample_alpha(8, np.random.default_rng(4), sigma=3.0, size=200_000, release=True)
-    assert ks(exact, 8, 3.0) < 1.63  # p = 0.01
-    assert ks(clipped, 8, 3.0) > 3
-
-
-def test_coin_is_flipped_for_each_example():
-    p = cream.cream_positions(4096, 8, np.random.default_rng(5), size=4000)
-    relativity = (p[:, 1364] == 1364) & (p[:, 1365] != 1365)
-    assert abs(relativity.mean() - 0.5) < 4 * 0.5 / math.sqrt(4000)
+@pytest.mark.parametrize("row", RANGES, ids=lambda row: str(row[0]))
+def test_worked_table_for_4096_times_8(fixed_alpha, row):
+    alpha, *ranges = row
+    fixed_alpha(alpha)
+    for relativity, (h, of_ends) in enumerate(zip((32, 1365), ranges, strict=True)):
+        got = [cream.cream_positions(4096, 8, Ends(u), p_relativity=relativity) for u in (False, True)]
+        assert tuple(p[4096 - h - 1] for p in got) == of_ends
 
 
 def test_deterministic_and_no_global_state():
@@ -152,20 +143,51 @@ def test_factor_one_is_the_plain_order():
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "draw",
+    [cream.cream_positions, cream.pose_positions, cream.randpos_positions],
+    ids=lambda draw: draw.__name__,
+)
+@pytest.mark.parametrize(
+    ("n", "factor", "words"),
     [
-        dict(n=2, factor=8),
-        dict(n=64, factor=8),  # the default k = 32 leaves no middle
-        dict(n=4096, factor=0),
-        dict(n=4096, factor=1.5),
-        dict(n=4096, factor=8, sigma=0),
-        dict(n=4096, factor=8, k=0),
+        (2, 8, "window n must be at least 3, got 2"),
+        (4096, 0, "factor must be a whole number of at least 1, got 0"),
+        (4096, -3, "whole number"),
+        (4096, 1.5, "whole number of at least 1, got 1.5"),
+        (4096, float("nan"), "whole number"),
+        (4096, float("inf"), "whole number"),
     ],
 )
-def test_bad_input_is_one_clear_line(bad):
-    with pytest.raises(LcxError) as e:
-        cream.cream_positions(**bad)
+def test_bad_windows_and_factors_are_one_clear_line(draw, n, factor, words):
+    with pytest.raises(LcxError, match=words) as e:
+        draw(n, factor)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(n=64, factor=8), "k = 32 leaves no middle in a window of 64: use a whole number from 1 to 31"),
+        (dict(n=4096, factor=512), "k = 2048 leaves no middle"),
+        (dict(n=4096, factor=8, k=0), "k = 0 leaves no middle"),
+        (dict(n=64, factor=8, k=4.5), "k = 4.5 .* use a whole number"),
+        (dict(n=4096, factor=8, sigma=0), "sigma must be positive, got 0"),
+        (dict(n=4096, factor=8, sigma=-1), "sigma must be positive"),
+        (dict(n=4096, factor=8, sigma=float("nan")), "sigma must be positive"),
+        (dict(n=4096, factor=8, relative_sigma=0), "sigma must be positive"),
+    ],
+    ids=str,
+)
+def test_bad_settings_of_cream_are_one_clear_line(options, words):
+    with pytest.raises(LcxError, match=words) as e:
+        cream.cream_positions(**options)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("lengths", [[], [3, 0, 4], [[3, 4]], [1, 1]], ids=str)
+def test_bad_sentences_are_one_clear_line(lengths):
+    with pytest.raises(LcxError):
+        cream.longrecipe_positions(lengths, 4)
 
 
 def test_other_samplers_keep_their_promises():
@@ -185,57 +207,3 @@ def test_other_samplers_keep_their_promises():
     for start, size in zip(np.cumsum([0, *lengths]), lengths, strict=False):
         if start > rho_run:
             assert (np.diff(p[start : start + size]) == 1).all()  # a sentence stays whole
-
-
-# distance bands of section 1.7 of the specification: [1,N) [N,2N) then fractions of L
-BANDS = [
-    (0, 1 / 8),
-    (1 / 8, 2 / 8),
-    (0.25, 0.375),
-    (0.375, 0.5),
-    (0.5, 0.625),
-    (0.625, 0.75),
-    (0.75, 0.875),
-    (0.875, 0.97),
-    (0.97, 1),
-]
-PUBLISHED = {
-    "pose": (
-        [0.779, 0.142, 0.141, 0.149, 0.140, 0.138, 0.146, 0.086, 0.017],
-        lambda r: cream.pose_positions(4096, 8, r),
-    ),
-    "continuity": (
-        [0.986, 0.141, 0.323, 0.416, 0.417, 0.321, 0.140, 0.059, 0.094],
-        lambda r: cream.cream_positions(4096, 8, r, release=True, p_relativity=0),
-    ),
-    "relativity": (
-        [0.385, 0.202, 0.237, 0.169, 0.202, 0.242, 0.154, 0.588, 1.0],
-        lambda r: cream.cream_positions(4096, 8, r, release=True, p_relativity=1),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.slow
-def test_coverage_matches_the_table(name):
-    expected, draw = PUBLISHED[name]
-    c = coverage(draw, 4096, 8, examples=3000)
-    got = [c.band(lo, hi) for lo, hi in BANDS]
-    np.testing.assert_allclose(got, expected, atol=0.01)
-
-
-def test_coverage_of_scattered_labels_equals_brute_force():
-    rng = np.random.default_rng(9)
-    p = cream.randpos_positions(40, 8, rng)
-    c = coverage(lambda _: p, 40, 8, examples=1)
-    brute = np.zeros(320)
-    brute[(p[:, None] - p[None])[np.tril_indices(40, -1)]] = 1
-    assert (c.distance == brute).all()
-
-
-@pytest.mark.slow
-def test_the_hole_at_factor_64_and_its_cure():
-    released = coverage(lambda r: cream.cream_positions(4096, 64, r, release=True), 4096, 64, examples=1000)
-    scaled = coverage(lambda r: cream.cream_positions(4096, 64, r), 4096, 64, examples=3000)
-    assert released.missed_distances > 0.2 and released.missed_labels > 0.5
-    assert scaled.missed_distances < 0.01

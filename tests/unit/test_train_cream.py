@@ -1,4 +1,4 @@
-"""`lcx train cream`: position labels and their mask, what is trained and saved, resume, bad input."""
+"""`lcx train cream`: what is trained and saved, resume, bad input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import json
 import re
 import sys
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -35,63 +34,6 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def settings(tiny):
     return CreamSettings(str(tiny), (str(tiny / "text.txt"),), **SETTINGS)
-
-
-def rows(count=6, **changes):
-    documents = Documents([range(count * N + 1)], N, 1)
-    return Rows(documents, **{"batch": 2, "steps": 9, "seed": 3, **changes})
-
-
-def test_labels_depend_on_seed_and_index_alone():
-    data, state = rows(), (torch.get_rng_state(), np.random.get_state()[1].tolist())
-    collator = PositionLabels(functools.partial(lcx.cream_positions, N, FACTOR), seed=3)
-    whole = collator([data[i] for i in range(12)])["position_ids"]
-    assert whole.shape == (12, N) and whole.dtype == torch.int64
-    assert len(whole.unique(dim=0)) > 8
-    assert torch.equal(torch.get_rng_state(), state[0]) and np.random.get_state()[1].tolist() == state[1]
-    assert (whole[:, 0] == 0).all() and (whole[:, -1] == N * FACTOR - 1).all() and (whole.diff() > 0).all()
-    for workers, size in ((0, 4), (2, 3), (2, 4)):
-        loader = torch.utils.data.DataLoader(data, size, collate_fn=collator, num_workers=workers)
-        batches = list(loader)
-        assert torch.equal(torch.cat([b["position_ids"] for b in batches])[:12], whole)
-        assert all((b["attention_mask"] == 1).all() and b.keys() >= {"input_ids", "labels"} for b in batches)
-    assert torch.equal(collator([data[7], data[2]])["position_ids"], whole[[7, 2]])
-    other = PositionLabels(collator.draw, seed=4)([data[i] for i in range(12)])["position_ids"]
-    assert not torch.equal(other, whole)
-
-
-def test_a_row_that_comes_again_has_other_labels_and_another_place():
-    data = rows()
-    assert len(data) == 18
-    passes = [[int(data[i]["input_ids"][0, 0]) for i in range(6 * p, 6 * p + 6)] for p in range(3)]
-    assert all(sorted(p) == [N * i for i in range(6)] for p in passes) and passes[0] != passes[1]
-    assert [data[i]["index"] for i in range(18)] == list(range(18))
-    assert len(rows(batch=7)) == 6  # too few for a step: refused by finetune
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_mask_trap(tiny, checkpointing):
-    """A jump in the labels cuts the attention unless a mask is given: the trainer's batches give one."""
-    model = model_of(tiny).train()
-    if checkpointing:
-        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
-    collator = PositionLabels(functools.partial(lcx.cream_positions, N, FACTOR, p_relativity=1.0))
-    batch = collator([{k: v % 1024 if torch.is_tensor(v) else v for k, v in rows()[0].items()}])
-    changed = batch["input_ids"].clone()
-    changed[0, 1] += 1  # in the head, the last label is far behind two jumps
-
-    def tail(ids, **kwargs):
-        out = model(ids, position_ids=batch["position_ids"], use_cache=False, **kwargs)
-        out.logits.sum().backward()
-        return out.logits[0, -1].detach()
-
-    masks = {"attention_mask": batch["attention_mask"]}
-    causal = torch.ones(1, 1, N, N, dtype=torch.bool).tril()
-    seen, plain = tail(batch["input_ids"], **masks), tail(batch["input_ids"])
-    assert (seen - tail(changed, **masks)).abs().max() > 1e-4
-    torch.testing.assert_close(seen, tail(batch["input_ids"], attention_mask=causal), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(plain, tail(changed), atol=1e-6, rtol=1e-6)  # the trap itself
-    assert (seen - plain).abs().max() > 1e-4
 
 
 def test_the_loss_is_that_of_the_text_under_the_labels(tiny, settings, tmp_path):
@@ -172,13 +114,14 @@ def test_interrupted_then_resumed(settings, tmp_path, monkeypatch, rank):
     ("options", "words"),
     [
         (["--factor", "0"], "factor must be a whole number of at least 1, got 0"),
-        (["--factor", "8"], "k = 32 leaves no middle in a window of 64: use 1 <= k <= 31"),
+        (["--factor", "8"], "k = 32 leaves no middle in a window of 64: use a whole number from 1 to 31"),
         (["--k", "32"], "k = 32 leaves no middle"),
         (["--sigma", "0"], "sigma must be positive, got 0"),
         (["--sampler", "best"], "sampler 'best' is none to train with: use one of cream, pose"),
         (["--scaling", "dynamic"], "scaling 'dynamic' is none to train with: use one of none, linear"),
         (["--sampler", "pose", "--k", "4"], "sigma, k and released are CREAM's"),
         (["--batch-size", "600"], "rows of 64 tokens, one step needs 600"),
+        (["--data", "short.txt"], "tokens, one item needs 65: use more text\n"),
         (["--preset", "cream-32k"], "no preset 'cream-32k': use one of cream-released-{32k"),
         (
             ["--preset", "pose-16k-yarn", "--batch-size", "24"],
@@ -190,19 +133,15 @@ def test_interrupted_then_resumed(settings, tmp_path, monkeypatch, rank):
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
 def test_wrong_options_are_one_clear_line(tiny, tmp_path, monkeypatch, capsys, options, words):
+    (tmp_path / "short.txt").write_text("the Congress")
     base = ["lcx", "train", "cream", str(tiny), "--out", str(tmp_path / "out"), "--factor", str(FACTOR)]
-    monkeypatch.setattr(sys, "argv", [*base, "--data", str(tiny / "text.txt"), *options])
+    data = str(tmp_path / options[1] if "--data" in options else tiny / "text.txt")
+    monkeypatch.setattr(sys, "argv", [*base, "--data", data, *options[2 * ("--data" in options) :]])
     with pytest.raises(SystemExit, match="1"):
         cli.main()
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and words in err, err
     assert not (tmp_path / "out" / "card.json").exists()
-
-
-def test_examples_of_another_length_are_refused():
-    collator = PositionLabels(functools.partial(lcx.pose_positions, 32, 2))
-    with pytest.raises(LcxError, match="examples of 20 tokens for 32 position labels: join short texts"):
-        collator([{"input_ids": torch.arange(20), "index": 0}])
 
 
 def test_the_command(tiny, tmp_path, monkeypatch, capsys):
