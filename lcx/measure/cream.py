@@ -52,11 +52,12 @@ def samplers(factor: int) -> dict[str, Callable[[np.random.Generator], np.ndarra
     }
 
 
-def extend(model, arm: str, scaling: str, factor: int = 8, seed: int = 0, steps: int | None = None) -> float:
-    """Scale the RoPE of `model` (needle-33-64) and train it in place under the labels of `arm`. Returns the last loss, in nats.
+def train_under(
+    model, rows, draw, *, steps: int, batch: int, learning_rate: float, seed: int, mask: bool = True
+) -> float:
+    """Train `model` in place on `rows` under the labels of `draw` (generator -> int64 [n]). Returns the last loss logged, in nats.
 
-    Rows of 64 tokens, with "full" of 64 * factor; the text depends on the seed alone, so arms of one seed are paired.
-    "no-mask" leaves the attention_mask out, which is the mask trap.
+    rows: a dataset of {"input_ids", "labels", "index"}, read in order. mask=False leaves the attention_mask out: the mask trap.
     """
     import tempfile
 
@@ -64,11 +65,56 @@ def extend(model, arm: str, scaling: str, factor: int = 8, seed: int = 0, steps:
     from transformers import PrinterCallback, TrainingArguments
 
     from ..finetune_cream import PositionLabels
-    from ..methods.scaling import scale_rope
     from ..models import _no_progress_bars
-    from ..tasks.needle_copy import needle_copy
     from ..train import OrderedTrainer
     from ..zoo.training import kept_random_state
+
+    collator = PositionLabels(draw, seed)
+
+    def without_mask(items):
+        return {k: v for k, v in collator(items).items() if k != "attention_mask"}
+
+    model.requires_grad_(True).train()
+    with kept_random_state(), _no_progress_bars(), tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            seed=seed,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=10,  # as in the paper's recipe
+            adam_beta2=0.98,
+            save_strategy="no",
+            logging_steps=min(50, steps),
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+            remove_unused_columns=False,
+        )
+        trainer = OrderedTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collator if mask else without_mask,
+            in_order=True,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log][-1]
+
+
+def extend(model, arm: str, scaling: str, factor: int = 8, seed: int = 0, steps: int | None = None) -> float:
+    """Scale the RoPE of `model` (needle-33-64) and train it in place under the labels of `arm`. Returns the last loss, in nats.
+
+    Rows of 64 tokens, with "full" of 64 * factor; the text depends on the seed alone, so arms of one seed are paired.
+    """
+    import torch
+
+    from ..methods.scaling import scale_rope
+    from ..tasks.needle_copy import needle_copy
 
     steps = steps or STEPS[factor]
     length = WINDOW * factor if arm == "full" else WINDOW
@@ -82,45 +128,9 @@ def extend(model, arm: str, scaling: str, factor: int = 8, seed: int = 0, steps:
             ids, labels = needle_copy(1, length, generator=generator)
             return {"input_ids": ids[0], "labels": labels[0], "index": i}
 
-    class NoMask:  # the collator of a user who has not heard of the trap
-        def __init__(self, collator):
-            self.collator = collator
-
-        def __call__(self, items):
-            return {k: v for k, v in self.collator(items).items() if k != "attention_mask"}
-
-    collator = PositionLabels(samplers(factor)[arm], seed)
     scale_rope(model, scaling, factor)
-    model.requires_grad_(True).train()
-    with kept_random_state(), _no_progress_bars(), tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            seed=seed,
-            max_steps=steps,
-            per_device_train_batch_size=BATCH,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="linear",
-            warmup_steps=10,  # as in the paper's recipe
-            adam_beta2=0.98,
-            save_strategy="no",
-            logging_steps=50,
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-            dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,
-        )
-        trainer = OrderedTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=Rows(),
-            data_collator=NoMask(collator) if arm == "no-mask" else collator,
-            in_order=True,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    model.eval()
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log][-1]
+    how = {"steps": steps, "batch": BATCH, "learning_rate": LEARNING_RATE, "seed": seed}
+    return train_under(model, Rows(), samplers(factor)[arm], **how, mask=arm != "no-mask")
 
 
 def accuracy(model, lengths: Sequence[int], sequences: int = 32) -> dict[str, list[float]]:
@@ -244,19 +254,11 @@ def cream_needles() -> dict[str, Any]:
     untrained = [
         ("zero-shot", s, seed) for seed in SEEDS for s in ("none", "linear", "ntk", "yarn", "selfextend")
     ]
-    main = (
-        "pose",
-        "cream",
-        "cream-uniform",
-        "ordinary",
-        "randpos",
-        "continuity",
-        "relativity",
-        "no-mask",
-        "longrecipe",
-    )
-    cells = untrained + [(arm, s, seed) for seed in SEEDS for arm in main for s in ("yarn", "linear")]
-    cells += [("full", s, seed) for seed in range(3) for s in ("yarn", "linear")]
+    main = ("pose", "cream", "cream-uniform", "ordinary", "randpos")
+    ablations = ("continuity", "relativity", "no-mask", "longrecipe")
+    cells = untrained + [(arm, s, seed) for s in ("yarn", "linear") for seed in SEEDS for arm in main]
+    cells += [(arm, "yarn", seed) for seed in SEEDS for arm in ablations]
+    cells += [("full", "yarn", seed) for seed in range(3)]
     return measure("cream-needles", cells, 8, (64, 128, 256, 512), 32, PAIRS)
 
 
