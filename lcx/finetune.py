@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from .chat import is_conversation
 from .corpora import cached_texts, text
 from .errors import LcxError
 from .fetch import staging
@@ -24,13 +25,17 @@ LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4  # the first is LongLLaMA's
 LR_SCHEDULES = ("constant", "linear", "cosine")  # after the warm-up, the last two down to 0
 
 
-def read_texts(sources: Sequence[str]) -> list[str]:
-    """The documents in `sources`: the name of a corpus, a .jsonl file with a "text" in each line, any other file as one
-    document, or a folder, of which every .txt and .jsonl file is read, in the order of their paths.
+Text = str | list[dict[str, str]]  # a document, or a conversation
+
+
+def read_texts(sources: Sequence[str]) -> list[Text]:
+    """The documents in `sources`: the name of a corpus, a .jsonl file with a "text" in each line, or with "messages", each
+    of them a role and a content, any other file as one document, or a folder, of which every .txt and .jsonl file is
+    read, in the order of their paths.
 
     Raises LcxError if there is nothing to read.
     """
-    texts: list[str] = []
+    texts: list[Text] = []
     for source in sources:
         path = Path(source).expanduser()
         if source in cached_texts():
@@ -48,22 +53,33 @@ def read_texts(sources: Sequence[str]) -> list[str]:
     return texts
 
 
-def _file(path: Path) -> list[str]:
+def _file(path: Path) -> list[Text]:
     try:
         whole = path.read_text("utf-8")
         if path.suffix != ".jsonl":
             return [whole]
-        return [json.loads(line)["text"] for line in whole.splitlines() if line.strip()]
+        return [_document(json.loads(line)) for line in whole.split("\n") if line.strip()]
     except UnicodeDecodeError as e:
         raise LcxError(f"{path} is not UTF-8 text: convert it") from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise LcxError(f'{path}: every line must be a JSON object with a field "text"') from e
+    except (ValueError, AttributeError) as e:
+        raise LcxError(
+            f'{path}: every line must be a JSON object with a field "text", or "messages" with role and content'
+        ) from e
+
+
+def _document(line: dict[str, Any]) -> Text:
+    if isinstance(line.get("text"), str):
+        return line["text"]
+    if not is_conversation(line.get("messages")):
+        raise ValueError
+    return line["messages"]
 
 
 @dataclass(frozen=True)
 class Settings:
     """What decides what comes out of a training, whatever the method. A subclass adds the options of its method."""
 
+    conversations: ClassVar[bool] = False  # does the method take them?
     model: str
     data: tuple[str, ...]
     steps: int = 1000
@@ -90,7 +106,7 @@ class Settings:
         if self.lora_rank and importlib.util.find_spec("peft") is None:
             raise LcxError("LoRA needs the package peft: python -m pip install peft")
 
-    def method(self, model, tokenizer, texts: Sequence[str]) -> Method:
+    def method(self, model, tokenizer, texts: Sequence[Text]) -> Method:
         """What the method brings. It may add tokens to model and tokenizer."""
         raise TypeError(f"{type(self).__name__} names no method: use FocusedSettings or LandmarkSettings")
 
@@ -125,6 +141,8 @@ def finetune(s: Settings, out: Path, save_steps: int = 200, command: str = "lcx.
     s = replace(s, learning_rate=s.learning_rate or (LORA_LEARNING_RATE if s.lora_rank else LEARNING_RATE))
     s.check()
     texts = read_texts(s.data)
+    if not s.conversations and not all(isinstance(t, str) for t in texts):
+        raise LcxError('conversations are for lcx train cream: give data with a field "text"')
 
     import torch
     from torch.utils.data import Subset
@@ -135,7 +153,8 @@ def finetune(s: Settings, out: Path, save_steps: int = 200, command: str = "lcx.
     from .zoo.training import kept_random_state
 
     arguments = _arguments(s, out, save_steps)
-    data = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    whole = "\0".join(t if isinstance(t, str) else json.dumps(t) for t in texts)
+    data = hashlib.sha256(whole.encode()).hexdigest()
     settings = asdict(s) | {"data_sha256": data, "processes": arguments.world_size}
     settings = json.loads(json.dumps(settings))  # as it is read back: tuples become lists
     with arguments.main_process_first(local=False):  # one process claims and fetches, the others find it done

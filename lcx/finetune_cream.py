@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from .chat import encode_chat
 from .errors import LcxError
-from .finetune import Method, Settings
+from .finetune import Method, Settings, Text
 from .methods import cream
 from .methods.scaling import METHODS, scale_rope
 from .train import Documents, OrderedTrainer, collate
@@ -25,9 +26,11 @@ SAMPLERS = ("cream", "pose", "randpos", "full")
 class CreamSettings(Settings):
     """All that decides what comes out: the options of `lcx train cream`, which says what each is.
 
-    A row has as many tokens as the model's window, with sampler "full" factor times as many.
+    A row has as many tokens as the model's window, with sampler "full" factor times as many. Of a conversation only what
+    the assistant says is predicted.
     """
 
+    conversations: ClassVar[bool] = True
     preset: str | None = None  # the name alone: its options are in the other fields
     sampler: str = "cream"
     factor: int = 8
@@ -47,20 +50,18 @@ class CreamSettings(Settings):
         if self.sampler != "cream" and (self.sigma is not None or self.k is not None or self.released):
             raise LcxError(f"sigma, k and released are CREAM's: leave them out with --sampler {self.sampler}")
 
-    def method(self, model, tokenizer, texts: Sequence[str]) -> Method:
+    def method(self, model, tokenizer, texts: Sequence[Text]) -> Method:
         window = model.config.max_position_embeddings
         draw = self.labels(window)
         draw(np.random.default_rng(0))  # says now what does not fit the window
         length = window * self.factor if self.sampler == "full" else window
         scale_rope(model, self.scaling, self.factor)  # for good: the checkpoint keeps it
         tokenizer.model_max_length = window * self.factor
-        ids = (tokenizer(t, add_special_tokens=False, verbose=False).input_ids for t in texts)
-        marks = tokenizer.bos_token_id, tokenizer.eos_token_id
         batch = self.batch_size * self.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
         return Method(
             about=f"trained with rows of {length} tokens ({self.sampler}, {self.scaling} RoPE) for {window * self.factor}",
             attention=lambda model: nullcontext(),
-            documents=lambda: Rows(Documents(ids, length, 1, *marks), batch, self.steps, self.seed),
+            documents=lambda: Rows(joined(tokenizer, texts, length), batch, self.steps, self.seed),
             item=f"rows of {length} tokens",
             fields={},
             trainer=partial(_trainer, PositionLabels(draw, self.seed)),
@@ -75,6 +76,41 @@ class CreamSettings(Settings):
             return lambda rng: cream.cream_positions(n * f, 1, rng)
         sampler = cream.pose_positions if self.sampler == "pose" else cream.randpos_positions
         return partial(sampler, n, f)
+
+
+def joined(tokenizer, texts: Sequence[Text], length: int) -> Documents:
+    """Documents and conversations one after the other in rows of `length` tokens. Of a conversation only what the assistant
+    says is a target; rows without a target are left out.
+
+    Raises LcxError if the text is shorter than one row, if no row has a target, and as `encode_chat`.
+    """
+    marks = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if all(isinstance(text, str) for text in texts):
+        ids = (tokenizer(t, add_special_tokens=False, verbose=False).input_ids for t in texts)
+        return Documents(ids, length, 1, *marks)
+    encoded = list(_encoded(tokenizer, texts, *marks))
+    documents, wanted = (Documents(part, length, 1) for part in zip(*encoded, strict=True))
+    documents.targets[wanted.targets == 0] = -100
+    some = wanted.targets.any(-1).any(-1)
+    if not some.any():
+        raise LcxError(
+            "no message in the data is the assistant's, so there is nothing to learn: check the roles"
+        )
+    documents.inputs, documents.targets = documents.inputs[some], documents.targets[some]
+    return documents
+
+
+def _encoded(
+    tokenizer, texts: Sequence[Text], bos: int | None, eos: int | None
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(tokens, for each of them 1 if it is to be predicted) of every document and conversation."""
+    for text in texts:
+        if not isinstance(text, str):  # the template has its own marks
+            yield encode_chat(tokenizer, text)
+            continue
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        before, after = ([] if mark is None else [mark] for mark in (bos, eos))
+        yield [*before, *ids, *after], [*(0 for _ in before), *(1 for _ in ids), *(1 for _ in after)]
 
 
 def _trainer(collator, **options: Any) -> OrderedTrainer:
