@@ -9,7 +9,7 @@ from typing import Any
 from . import kept, measurement
 
 WIDTH = 512  # positions a bin
-METHODS = ("linear", "ntk", "yarn", "dynamic", "yarn_harmonic")
+METHODS = ("linear", "ntk", "yarn")
 
 
 @measurement("smollm2-scaling", model="smollm2-135m")
@@ -18,10 +18,11 @@ def by_scaling(
 ) -> dict[str, Any]:
     """Perplexity by position to twice the window under each RoPE scaling, without any training.
 
-    Reads the first `length` tokens of the first `texts` held-out documents of `lcx.text("sotu")`, the texts and bins of
-    smollm2-ppl-by-position, where the unscaled model's figures are. Returns "nll" {method: [texts][bins]}: mean NLL in
-    nats of the predictions made at positions b * width to (b + 1) * width - 1. All methods but dynamic read the text in
-    one forward; see `dynamic` for that one. Every finished text is kept in the cache.
+    Reads the first `length` tokens of the first `texts` held-out documents of `lcx.text("sotu")`, each in one forward:
+    the texts and bins of smollm2-ppl-by-position, where the unscaled model's figures are. Returns "nll"
+    {method: [texts][bins]}: mean NLL in nats of the predictions made at positions b * width to (b + 1) * width - 1.
+    Dynamic NTK is not among the methods: a forward of `length` tokens makes it NTK at length / window, and one that fits the
+    window the unscaled model. Every finished text is kept in the cache.
     """
     from ..corpora import text
     from ..results import write_json
@@ -30,9 +31,8 @@ def by_scaling(
     what = f"{model.lcx_source} {model.device.type} {model.dtype} {length} {factor} {WIDTH}"
     file = kept(f"scaling-{hashlib.sha256(what.encode()).hexdigest()[:12]}")
     done = json.loads(file.read_text()) if file.is_file() else {}
-    window = model.config.max_position_embeddings
-    for method in METHODS:
-        for document in documents:
+    for document in documents:
+        for method in METHODS:
             if (key := f"{method} {document.title}") not in done:
                 ids = first_tokens(tokenizer, document.text, length)
                 done[key] = one_text(model, ids, method, factor)
@@ -40,10 +40,9 @@ def by_scaling(
     return {
         "texts": [d.title for d in documents],
         "length": length,
-        "window": window,
+        "window": model.config.max_position_embeddings,
         "factor": factor,
         "width": WIDTH,
-        "dynamic_step": window // 2,
         "nll": {m: [done[f"{m} {d.title}"] for d in documents] for m in METHODS},
     }
 
@@ -65,32 +64,6 @@ def one_text(model, ids, method: str, factor: float) -> list[float]:
     from ..methods.scaling import scale_rope
     from ..tasks.perplexity import bin_by_position, nll_by_position
 
-    if method == "dynamic":
-        nll = dynamic(model, ids)
-    else:
-        with scale_rope(model, method, factor):
-            nll = nll_by_position(model, ids)
+    with scale_rope(model, method, factor):
+        nll = nll_by_position(model, ids)
     return [round(b.mean, 5) for b in bin_by_position(nll, WIDTH)]
-
-
-def dynamic(model, ids):
-    """NLL [T-1] of ids [T] under dynamic NTK, whose frequencies follow the length read so far.
-
-    One forward over the whole text would use the frequencies of its full length for every position, which is NTK at that
-    factor. So the text is read again each time it has grown by half a window, and only the new predictions count.
-    """
-    import torch
-
-    from ..methods.scaling import scale_rope
-    from ..tasks.perplexity import nll_by_position
-
-    window, length = model.config.max_position_embeddings, len(ids)
-    ends = [*range(window, length, window // 2), length]
-    parts, scored = [], 0
-    for end in ends:
-        with scale_rope(
-            model, "dynamic"
-        ):  # anew: transformers keeps the frequencies of the longest text so far
-            parts.append(nll_by_position(model, ids[:end])[scored:])
-        scored = end - 1
-    return torch.cat(parts)

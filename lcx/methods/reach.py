@@ -19,11 +19,8 @@ def scaled(
 
     register_yarn_harmonic()
     sizes = {"window": window, "rope_theta": rope_theta, "head_dim": head_dim}
-    config = LlamaConfig(
-        head_dim=head_dim,
-        max_position_embeddings=int(window * factor),
-        rope_parameters=rope_parameters(method, factor, **sizes),
-    )
+    config = LlamaConfig(head_dim=head_dim, max_position_embeddings=int(window * factor))
+    config.rope_parameters = rope_parameters(method, factor, **sizes)
     rotary = LlamaRotaryEmbedding(config)
     return rotary.inv_freq.double(), float(rotary.attention_scaling)
 

@@ -31,22 +31,23 @@ def test_every_method_is_the_scaled_model_on_the_same_tokens(tiny):
     assert out["texts"] == ["a", "b"] and (out["window"], out["factor"]) == (32, 2.0)
     assert model.model.rotary_emb is before and model.config.max_position_embeddings == 32
     ids = torch.tensor(tokenizer(texts[1].text).input_ids[:64])
-    for method in ("linear", "ntk", "yarn", "yarn_harmonic"):
+    for method in ("linear", "ntk", "yarn"):
         with scale_rope(model, method, 2):
             want = [part.mean().item() for part in nll_by_position(model, ids).split(16)]
         assert out["nll"][method][1] == pytest.approx(want, abs=1e-4)
-    assert len({str(rows) for rows in out["nll"].values()}) == 5, "five methods, five curves"
+    assert len({str(rows) for rows in out["nll"].values()}) == 3, "three methods, three curves"
 
 
-def test_dynamic_costs_nothing_in_the_window_and_ends_as_ntk(tiny):
+def test_dynamic_ntk_needs_no_measurement_of_its_own(tiny):
     model, tokenizer, texts = tiny
     ids = torch.tensor(tokenizer(texts[0].text).input_ids[:64])
-    nll = measured.dynamic(model, ids)
-    assert len(nll) == 63
-    torch.testing.assert_close(nll[:31], nll_by_position(model, ids)[:31])
-    for end, new in ((48, slice(31, 47)), (64, slice(47, 63))):
-        with scale_rope(model, "ntk", end / 32):
-            torch.testing.assert_close(nll[new], nll_by_position(model, ids[:end])[new])
+    with scale_rope(model, "dynamic"):
+        whole = nll_by_position(model, ids)
+    with scale_rope(model, "dynamic"):
+        inside = nll_by_position(model, ids[:32])
+    torch.testing.assert_close(inside, nll_by_position(model, ids)[:31])
+    with scale_rope(model, "ntk", 2):
+        torch.testing.assert_close(whole, nll_by_position(model, ids))
 
 
 def test_finished_texts_are_not_read_again(tiny, tmp_path, monkeypatch):
@@ -54,6 +55,6 @@ def test_finished_texts_are_not_read_again(tiny, tmp_path, monkeypatch):
     first = measured.by_scaling(model, tokenizer, length=64, texts=1)
     monkeypatch.setattr(measured, "one_text", None)
     assert measured.by_scaling(model, tokenizer, length=64, texts=1) == first
-    assert len(json.loads(next((tmp_path / "measure").iterdir()).read_text())) == 5
+    assert len(json.loads(next((tmp_path / "measure").iterdir()).read_text())) == 3
     with pytest.raises(LcxError, match="tokens, 9000 are needed"):
         measured.by_scaling(model, tokenizer, length=9000, texts=1)
