@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -18,16 +19,18 @@ from lcx.results import result
 PAGE = Path(__file__).parent / "related-work.md"
 BLOCK = re.compile(r"(<!-- measured (\w+) -->\n).*?(<!-- end -->)", re.S)
 
-ARMS = {  # (arm, scaling) of cream-needles.json -> how the page calls it
+ARMS = {  # (arm, scaling) of cream-needles.json and cream-64x.json -> how the page calls it
     ("zero-shot", "none"): "nothing",
     ("zero-shot", "yarn"): "YaRN, no training",
     ("zero-shot", "selfextend"): "SelfExtend, no training",
-    ("ordinary", "yarn"): "YaRN, trained with ordinary labels",
-    ("randpos", "yarn"): "YaRN, trained with RandPos",
-    ("longrecipe", "yarn"): "YaRN, trained with LongRecipe's labels",
-    ("pose", "yarn"): "YaRN, trained with PoSE",
-    ("cream", "yarn"): "YaRN, trained with CREAM",
-    ("full", "yarn"): "YaRN, trained on rows of the target length",
+    ("ordinary", "yarn"): "YaRN, ordinary labels",
+    ("randpos", "yarn"): "YaRN, RandPos",
+    ("longrecipe", "yarn"): "YaRN, LongRecipe's labels",
+    ("pose", "yarn"): "YaRN, PoSE",
+    ("cream", "yarn"): "YaRN, CREAM",
+    ("cream-released", "yarn"): "YaRN, CREAM, released sigma",
+    ("cream-uniform", "yarn"): "YaRN, CREAM, uniform middle",
+    ("full", "yarn"): "YaRN, rows of the target length",
 }
 SCALINGS = {"linear": "linear", "ntk": "NTK-aware", "dynamic": "dynamic NTK", "yarn": "YaRN"}
 
@@ -44,27 +47,32 @@ def interval(row: dict, digits: int = 0) -> str:
     return f"{100 * row['low']:.{digits}f} to {100 * row['high']:.{digits}f}"
 
 
-def needles() -> str:
-    data = result("cream-needles")
+def needles(name: str) -> str:
+    data = result(name)
     longest = data["window"] * data["factor"]
     at = {(r["arm"], r["scaling"], r["length"]): r for r in data["means"]}
     lengths = sorted({r["length"] for r in data["means"]})
     rows = [
-        [name, *(f"{100 * at[*arm, n]['mean']:.0f}" for n in lengths)]
+        [label, *(f"{100 * at[*arm, n]['mean']:.0f}" for n in lengths)]
         + [f"{interval(at[*arm, longest])} ({at[*arm, longest]['seeds']} seeds)"]
-        for arm, name in ARMS.items()
+        for arm, label in ARMS.items()
         if (*arm, longest) in at
     ]
-    return table(["what is done", *(f"{n} tokens" for n in lengths), f"95 % interval at {longest}"], rows)
+    budget = (
+        f"Where trained: {data['steps']:,} steps of {data['batch_size']} rows of {data['window']} tokens."
+    )
+    head = ["what is done", *(f"{n:,} tokens" for n in lengths), f"95 % interval at {longest:,}"]
+    return f"{budget}\n\n{table(head, rows)}"
 
 
-def pairs() -> str:
-    data = result("cream-needles")
+def pairs(name: str) -> str:
+    data = result(name)
     longest = data["window"] * data["factor"]
+    names = {"pose": "PoSE", "cream-uniform": "uniform middle", "cream-released": "released sigma"}
+    names |= {"longrecipe": "LongRecipe's labels"}
     rows = [
-        [f"{r['a'].upper()} − {names[r['b']]}", SCALINGS[r["scaling"]], r["depths"]]
+        [f"CREAM − {names[r['b']]}", SCALINGS[r["scaling"]], r["depths"]]
         + [f"{100 * r['mean']:+.1f}", interval(r, 1), f"{r['wins']} of {r['seeds']}"]
-        for names in [{"pose": "PoSE", "longrecipe": "LongRecipe's labels"}]
         for r in data["paired"]
         if r["a"] == "cream" and r["b"] in names and r["length"] == longest
     ]
@@ -115,8 +123,10 @@ def smollm2() -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
-    "needles": ("cream-needles", needles),
-    "pairs": ("cream-needles", pairs),
+    "needles": ("cream-needles", partial(needles, "cream-needles")),
+    "pairs": ("cream-needles", partial(pairs, "cream-needles")),
+    "far": ("cream-64x", partial(needles, "cream-64x")),
+    "farpairs": ("cream-64x", partial(pairs, "cream-64x")),
     "text": ("cream-text", text),
     "scaling": ("smollm2-scaling", scaling),
     "smollm2": ("smollm2-cream", smollm2),

@@ -26,7 +26,12 @@ SEEDS = (
 # All weights, as in the paper: with batches of one row and checkpointing that fits a GPU of 16 GB, so LoRA would save nothing
 # that is needed. 200 steps x 8 rows x 8,192 tokens are 13 million tokens, six passes over the text and as many as the paper's
 # chat model was given.
-TRAINING = {"steps": 200, "batch_size": 1, "gradient_accumulation": 8, "learning_rate": 2e-5}
+TRAINING = {"steps": 200, "batch_size": 1, "gradient_accumulation": 8}
+TRAINING |= {
+    "learning_rate": 2e-5,
+    "lr_schedule": "linear",
+    "warmup_steps": 10,
+}  # the paper's, for the base model
 LENGTHS = {  # task -> tokens of a prompt; the small model already fails at key-value recall far inside its window
     "passkey in filler": (4096, 8192, 16384, 32768),
     "passkey in prose": (2048, 4096, 8192, 16384, 32768),

@@ -20,7 +20,8 @@ def trained(tmp_path_factory):
     """(the tiny checkpoint, cards, trained checkpoints): 8 steps by CREAM and by PoSE, from a window of 64 to 256."""
     tiny = make_tiny(tmp_path_factory.mktemp("tiny"))
     out = tmp_path_factory.mktemp("out")
-    settings = {"steps": 8, "batch_size": 2, "gradient_accumulation": 2, "learning_rate": 3e-3}
+    settings = smollm2_cream.TRAINING | {"steps": 8, "batch_size": 2, "gradient_accumulation": 2}
+    settings |= {"learning_rate": 3e-3, "warmup_steps": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LCX_STATIC", "1")
         patch.setattr("torch.cuda.is_available", lambda: False)

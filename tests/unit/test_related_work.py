@@ -39,25 +39,30 @@ def test_tables_are_made_from_the_committed_results(page, script):
     assert re.findall(r"<!-- measured (\w+) -->", page) == list(script["TABLES"])
 
 
-def test_needles_are_the_means_of_the_measured_rows(page, script):
+@pytest.mark.parametrize(("name", "where"), [("cream-needles", "needles"), ("cream-64x", "far")])
+def test_needles_are_the_means_of_the_measured_rows(page, script, name, where):
     """Counted here from the rows of each seed, not from the summary in the file."""
-    if (data := committed("cream-needles")) is None:
+    if (data := committed(name)) is None:
         return  # the page says so: see the test above
-    rows = {cells[0]: cells for cells in block(page, "needles")}
-    assert len(rows) == len(script["ARMS"])
-    for (arm, scaling), name in script["ARMS"].items():
-        mine = [r["accuracy"] for r in data["rows"] if (r["arm"], r["scaling"]) == (arm, scaling)]
-        shown = [float(x) for x in rows[name][1:5]]
+    shown = {cells[0]: cells[1:] for cells in block(page, where)}
+    by_arm = {}
+    for r in data["rows"]:
+        by_arm.setdefault((r["arm"], r["scaling"]), []).append(r["accuracy"])
+    names = {label: by_arm[arm] for arm, label in script["ARMS"].items() if arm in by_arm}
+    assert shown.keys() == names.keys() and len(shown) > 5
+    for label, mine in names.items():
         true = [100 * mean(mean(a[n]) for a in mine) for n in mine[0]]
-        assert shown == pytest.approx(true, abs=0.51), name
-        assert rows[name][5].endswith(f"({len(mine)} seeds)")
+        assert [float(x) for x in shown[label][:-1]] == pytest.approx(true, abs=0.51), label
+        assert shown[label][-1].endswith(f"({len(mine)} seeds)")
 
 
-def test_differences_are_paired_by_seed(page):
-    if (data := committed("cream-needles")) is None:
+@pytest.mark.parametrize(("name", "where"), [("cream-needles", "pairs"), ("cream-64x", "farpairs")])
+def test_differences_are_paired_by_seed(page, name, where):
+    if (data := committed(name)) is None:
         return
-    rows = {tuple(cells[:3]): cells for cells in block(page, "pairs")}
-    by = {(r["arm"], r["seed"]): r["accuracy"]["512"] for r in data["rows"] if r["scaling"] == "yarn"}
+    longest = str(data["window"] * data["factor"])
+    rows = {tuple(cells[:3]): cells for cells in block(page, where)}
+    by = {(r["arm"], r["seed"]): r["accuracy"][longest] for r in data["rows"] if r["scaling"] == "yarn"}
     seeds = sorted({s for arm, s in by if arm == "cream"} & {s for arm, s in by if arm == "pose"})
     for depths, part in (("all", slice(0, 9)), ("middle", slice(3, 6))):
         gains = [mean(by["cream", s][part]) - mean(by["pose", s][part]) for s in seeds]
@@ -88,17 +93,17 @@ def test_made_up_results_come_through(script, tmp_path, monkeypatch):
         {"scaling": "yarn", "a": "cream", "b": "pose", "length": 512, "depths": "all", "mean": 0.2, "low": -0.05, "high": 0.45,
          "wins": 7, "seeds": 8}
     ]  # fmt: skip
-    data = {"window": 64, "factor": 8, "means": means, "paired": paired}
+    data = {"window": 64, "factor": 8, "steps": 300, "batch_size": 32, "means": means, "paired": paired}
     (tmp_path / "cream-needles.json").write_text(json.dumps(data))
     monkeypatch.setattr("lcx.results.results_dir", lambda: tmp_path)
     page = "".join(f"<!-- measured {name} -->\nold\n<!-- end -->\n" for name in script["TABLES"])
     made = script["filled"](page)
     assert block(made, "needles") == [
-        ["YaRN, trained with PoSE", "60", "60", "50 to 70 (8 seeds)"],
-        ["YaRN, trained with CREAM", "80", "80", "70 to 90 (8 seeds)"],
+        ["YaRN, PoSE", "60", "60", "50 to 70 (8 seeds)"],
+        ["YaRN, CREAM", "80", "80", "70 to 90 (8 seeds)"],
     ]
     assert block(made, "pairs") == [["CREAM − PoSE", "YaRN", "all", "+20.0", "-5.0 to 45.0", "7 of 8"]]
-    assert made.count("Not run yet: `lcx measure ") == 3 and "old" not in made
+    assert made.count("Not run yet: `lcx measure ") == 5 and "old" not in made
 
 
 def test_every_work_of_the_map_has_a_paragraph(page):
