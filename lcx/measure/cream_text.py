@@ -14,7 +14,7 @@ from .cream import train_under
 WINDOW, FACTOR, WIDTH = 256, 8, 128
 STEPS, BATCH, LEARNING_RATE = 200, 16, 3e-4
 STRETCHES = 48  # of held-out text, 2,048 tokens each
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 
 
 def samplers(window: int, factor: int) -> dict[str, Any]:
@@ -96,10 +96,8 @@ def cells() -> list[tuple[str, str, int]]:
     rows = [("fresh", "none", 0)]
     rows += [("zero-shot", s, 0) for s in ("none", "linear", "ntk", "yarn", "selfextend")]
     rows += [(arm, "yarn", 0) for arm in ("ordinary", "randpos", "pose", "cream", "cream-uniform", "full")]
-    rows += [(arm, "linear", 0) for arm in ("ordinary", "pose", "cream")]
-    return rows + [
-        (arm, "yarn", s) for s in SEEDS[1:] for arm in ("pose", "cream", "cream-uniform", "ordinary")
-    ]
+    rows += [(arm, "linear", 0) for arm in ("pose", "cream")]
+    return rows + [(arm, "yarn", s) for s in SEEDS[1:] for arm in ("pose", "cream")]
 
 
 @measurement("cream-text", model=None, seed=0)
