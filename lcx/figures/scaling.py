@@ -13,7 +13,7 @@ from ..methods.reach import beyond, scaled, score_by_distance
 from ..methods.rope import rope_frequencies, wavelengths
 from ..methods.selfextend import selfextend_distances
 from .base import COLORS, controls, figure
-from .distraction import GREY, SYMBOLS
+from .distraction import GREY, GRID, SYMBOLS
 
 NAMES = {
     "none": "no scaling",
@@ -142,7 +142,7 @@ def scores(
     """
     sizes = {"window": window, "rope_theta": rope_theta, "head_dim": head_dim}
     at = [torch.arange(near + 1), torch.linspace(0, far, 129).round().long()]
-    fig = figure(height=560, margin={"l": 56, "r": 16, "t": 56, "b": 56})
+    fig = figure(height=580, margin={"l": 56, "r": 16, "t": 56, "b": 88})
     for name, color, width in (("scaled", SEEN, 2.5), ("no scaling", COLORS[6], 1.5)):
         for i, x in enumerate(at):
             fig.add_scatter(
@@ -169,10 +169,12 @@ def scores(
     fig.update_layout(
         xaxis={"anchor": "y"}, yaxis={"domain": [0.6, 1], "title": "score, near"},
         xaxis2={"anchor": "y2", "title": "distance (tokens)"}, yaxis2={"domain": [0, 0.48], "title": "score, far"},
-        legend={"y": -0.12, "yanchor": "top"},
+        legend={"y": -0.15, "yanchor": "top"},
         shapes=[{"type": "line", "xref": "x2", "yref": "y2 domain", "x0": window, "x1": window, "y0": 0, "y1": 1,
                  "line": {"color": GREY, "dash": "dash", "width": 2}}],
     )  # fmt: skip
+    fig.update_xaxes(gridcolor=GRID, zerolinecolor=GREY)
+    fig.update_yaxes(gridcolor=GRID, zerolinecolor=GREY)
     values = {"head": list(heads), "method": list(methods), "factor": list(factors)}
     return controls(fig, values, update, start=start)
 
@@ -181,7 +183,7 @@ def by_factor(
     curves: Mapping[int, Mapping[str, Mapping[int, float]]], *, window: int, xaxis: str, yaxis: str,
     start: int, ticks: Sequence[float] | None = None,
 ) -> go.Figure:  # fmt: skip
-    """Curves of several methods with a slider over the factor. curves: factor -> name -> x -> y.
+    """Curves of several methods, with a slider if there are several factors. curves: factor -> name -> x -> y.
 
     ticks: marks of a logarithmic y axis; without them y is drawn from 0 to 100 over a logarithmic x axis.
     """
@@ -212,6 +214,10 @@ def by_factor(
     fig.add_vline(x=window, line={"color": GREY, "dash": "dash"})
     fig.update_xaxes(title=xaxis)
     fig.update_yaxes(title=yaxis)
+    if len(curves) == 1:
+        for trace, change in zip(fig.data, update(start)["data"], strict=True):
+            trace.update(change)
+        return fig
     return controls(fig, {"factor": list(curves)}, update, start={"factor": start})
 
 
@@ -223,7 +229,7 @@ def pair_costs(costs: Mapping[str, Sequence[float]], yaxis: str) -> go.Figure:
             x=list(range(len(values))), y=[round(v, 2) for v in values], name=name, marker_color=COLORS[i],
             hovertemplate="pair %{x}: %{y}<extra>" + name + "</extra>",
         )  # fmt: skip
-    fig.update_xaxes(title="the one pair that is slowed, fast to slow", dtick=2)
+    fig.update_xaxes(title="pair that is slowed, fast to slow", dtick=2)
     fig.update_yaxes(title=yaxis)
     return fig
 
@@ -237,7 +243,7 @@ def reach_edge(points: Mapping[str, tuple[float, float]]) -> go.Figure:
         x=[0, top], y=[0, top], mode="lines", line={"color": GREY, "dash": "dash"}, hoverinfo="skip"
     )
     fig.add_scatter(
-        x=list(x), y=[round(v) for v in y], mode="markers+text", text=list(points), textposition="top left",
+        x=list(x), y=[round(v) for v in y], mode="markers+text", text=list(points), textposition="top center",
         marker={"size": 10, "color": COLORS[0]}, hovertemplate="%{text}: reach %{x:,}, edge %{y:,}<extra></extra>",
     )  # fmt: skip
     fig.update_xaxes(title="reach: first unseen angle (tokens)", range=[0, top])
@@ -255,7 +261,9 @@ def shown_distances(
 ) -> go.Figure:
     """SelfExtend: the distance the model is shown against the true one. Controls: group_size and neighbor_window."""
     x = torch.linspace(0, longest - 1, 193).round().long()
-    fig = figure(height=420, margin={"l": 56, "r": 16, "t": 72, "b": 56})
+    fig = figure(
+        height=440, margin={"l": 56, "r": 16, "t": 56, "b": 92}, legend={"y": -0.2, "yanchor": "top"}
+    )
     fig.add_scatter(x=x.tolist(), mode="lines", name="SelfExtend", line={"color": COLORS[0], "width": 2.5})
     fig.add_scatter(
         x=[0, longest], y=[0, longest], mode="lines", name="true distance", line={"color": COLORS[6], "dash": "dot"}

@@ -93,6 +93,8 @@ def test_the_other_figures_draw_their_numbers():
     curves = {2: {"a": {64: 1.5}, "b": {64: 2.0}}, 8: {"a": {64: 3.0, 128: 4.0}}}
     fig = figures.by_factor(curves, window=64, xaxis="x", yaxis="y", start=2, ticks=[1, 2])
     assert fig.frames[1].data[0].y == (3, 4) and fig.frames[1].data[1].x == () and fig.data[1].y == (2,)
+    fig = figures.by_factor({8: curves[8]}, window=64, xaxis="x", yaxis="y", start=8)
+    assert not fig.frames and fig.data[0].y == (3, 4), "one factor needs no slider"
     fig = figures.pair_costs({"a": [1, 2]}, "y")
     assert list(fig.data[0].y) == [1, 2]
     fig = figures.reach_edge({"none": (256, 300.4)})
