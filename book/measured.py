@@ -19,20 +19,36 @@ from lcx.results import result
 PAGE = Path(__file__).parent / "related-work.md"
 BLOCK = re.compile(r"(<!-- measured (\w+) -->\n).*?(<!-- end -->)", re.S)
 
-ARMS = {  # (arm, scaling) of cream-needles.json and cream-64x.json -> how the page calls it
-    ("zero-shot", "none"): "nothing",
-    ("zero-shot", "yarn"): "YaRN, no training",
-    ("zero-shot", "selfextend"): "SelfExtend, no training",
-    ("ordinary", "yarn"): "YaRN, ordinary labels",
-    ("randpos", "yarn"): "YaRN, RandPos",
-    ("longrecipe", "yarn"): "YaRN, LongRecipe's labels",
-    ("pose", "yarn"): "YaRN, PoSE",
-    ("cream", "yarn"): "YaRN, CREAM",
-    ("cream-released", "yarn"): "YaRN, CREAM, released sigma",
-    ("cream-uniform", "yarn"): "YaRN, CREAM, uniform middle",
-    ("full", "yarn"): "YaRN, rows of the target length",
+SCALINGS = {
+    "linear": "linear",
+    "ntk": "NTK-aware",
+    "dynamic": "dynamic NTK",
+    "yarn": "YaRN",
+    "selfextend": "SelfExtend",
 }
-SCALINGS = {"linear": "linear", "ntk": "NTK-aware", "dynamic": "dynamic NTK", "yarn": "YaRN"}
+ARMS = {  # of the results, in the order of the tables -> how the page calls it
+    "zero-shot": "no training",
+    "ordinary": "ordinary labels",
+    "randpos": "RandPos",
+    "longrecipe": "LongRecipe's labels",
+    "pose": "PoSE",
+    "cream": "CREAM",
+    "cream-released": "CREAM, released sigma",
+    "cream-uniform": "CREAM, uniform middle",
+    "full": "rows of the target length",
+}
+
+
+def label(arm: str, scaling: str) -> str:
+    if arm == "fresh":
+        return "fresh windows, the control"
+    return "nothing" if scaling == "none" else f"{SCALINGS[scaling]}, {ARMS[arm]}"
+
+
+def shown(rows: list[dict], scalings: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The (arm, scaling) of a table, in its order: what was measured under one of `scalings`."""
+    there = {(r["arm"], r["scaling"]) for r in rows}
+    return [(arm, s) for arm in ("fresh", *ARMS) for s in scalings if (arm, s) in there]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -40,11 +56,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
 
 
-def interval(row: dict, digits: int = 0) -> str:
+def interval(row: dict) -> str:
     """The ends of an interval of shares, in percent; one seed has none."""
     if row["low"] is None:
         return "–"
-    return f"{100 * row['low']:.{digits}f} to {100 * row['high']:.{digits}f}"
+    return f"{100 * row['low']:z.1f} to {100 * row['high']:z.1f}"
 
 
 def needles(name: str) -> str:
@@ -53,10 +69,9 @@ def needles(name: str) -> str:
     at = {(r["arm"], r["scaling"], r["length"]): r for r in data["means"]}
     lengths = sorted({r["length"] for r in data["means"]})
     rows = [
-        [label, *(f"{100 * at[*arm, n]['mean']:.0f}" for n in lengths)]
+        [label(*arm), *(f"{100 * at[*arm, n]['mean']:.1f}" for n in lengths)]
         + [f"{interval(at[*arm, longest])} ({at[*arm, longest]['seeds']} seeds)"]
-        for arm, label in ARMS.items()
-        if (*arm, longest) in at
+        for arm in shown(data["means"], ("none", "yarn", "selfextend"))
     ]
     budget = (
         f"Where trained: {data['steps']:,} steps of {data['batch_size']} rows of {data['window']} tokens."
@@ -68,11 +83,11 @@ def needles(name: str) -> str:
 def pairs(name: str) -> str:
     data = result(name)
     longest = data["window"] * data["factor"]
-    names = {"pose": "PoSE", "cream-uniform": "uniform middle", "cream-released": "released sigma"}
-    names |= {"longrecipe": "LongRecipe's labels"}
+    names = {"pose": "PoSE", "longrecipe": "LongRecipe's labels", "cream-uniform": "a uniform middle"}
+    names |= {"cream-released": "the released sigma"}
     rows = [
         [f"CREAM − {names[r['b']]}", SCALINGS[r["scaling"]], r["depths"]]
-        + [f"{100 * r['mean']:+.1f}", interval(r, 1), f"{r['wins']} of {r['seeds']}"]
+        + [f"{100 * r['mean']:+z.1f}", interval(r), f"{r['wins']} of {r['seeds']}"]
         for r in data["paired"]
         if r["a"] == "cream" and r["b"] in names and r["length"] == longest
     ]
@@ -81,24 +96,25 @@ def pairs(name: str) -> str:
 
 def text() -> str:
     data = result("cream-text")
-    runs: dict[tuple[str, str], list[list[float]]] = {}
-    for r in data["rows"]:
-        runs.setdefault((r["arm"], r["scaling"]), []).append(r["nll"])
+    runs = {
+        (arm, scaling): [r["nll"] for r in data["rows"] if (r["arm"], r["scaling"]) == (arm, scaling)]
+        for arm, scaling in shown(data["rows"], ("none", *SCALINGS))
+    }
     bins = len(data["rows"][0]["nll"])
     parts = (0, bins // 8), (bins // 8, 3 * bins // 4), (3 * bins // 4, bins)
     heads = [f"{a * data['width']:,} to {b * data['width'] - 1:,}" for a, b in parts]
     rows = [
-        [f"{arm}, {scaling}", *(f"{mean(mean(nll[a:b]) for nll in nlls):.2f}" for a, b in parts)]
-        + [str(len(nlls))]
-        for (arm, scaling), nlls in runs.items()
+        [label(*run), *(f"{mean(mean(nll[a:b]) for nll in nlls):.2f}" for a, b in parts)] + [str(len(nlls))]
+        for run, nlls in runs.items()
     ]
-    return table(["labels, RoPE", *heads, "seeds"], rows)
+    return table(["what is done", *heads, "seeds"], rows)
 
 
 def scaling() -> str:
     data, plain = result("smollm2-scaling"), result("smollm2-ppl-by-position")
     half = data["window"] // data["width"]
-    curves = {"none": plain["plain"][: len(data["texts"])], **data["nll"]}
+    unscaled = [plain["plain"][plain["texts"].index(title)] for title in data["texts"]]
+    curves = {"none": unscaled, **data["nll"]}
     rows = [
         [SCALINGS.get(name, name)]
         + [f"{mean(mean(nll[part]) for nll in nlls):.2f}" for part in (slice(0, half), slice(half, None))]
