@@ -53,6 +53,38 @@ weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}
 save_file(weights, out / f"weights{rank}.safetensors")
 """
 
+# `lcx train cream`, and what every process has read and ended with.
+CREAM = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from transformers import Trainer
+from lcx.finetune import finetune
+from lcx.finetune_cream import CreamSettings
+
+folder, out, accumulate = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+read, compute_loss, train = [], Trainer.compute_loss, Trainer.train
+
+def note(self, model, inputs, *args, **kwargs):
+    read.append(torch.stack([inputs["input_ids"], inputs["position_ids"]]))
+    return compute_loss(self, model, inputs, *args, **kwargs)
+
+def keep(self, *args, **kwargs):
+    train(self, *args, **kwargs)
+    end = {n: p.detach().contiguous() for n, p in self.model.named_parameters()}
+    save_file(end | {"read": torch.stack(read)}, out / f"end{self.args.process_index}.safetensors")
+
+Trainer.compute_loss, Trainer.train = note, keep
+finetune(
+    CreamSettings(
+        str(folder), (str(folder / "text.txt"),), steps=4, batch_size=2, gradient_accumulation=accumulate,
+        learning_rate=3e-3, factor=4, lr_schedule="linear", warmup_steps=1,
+    ),
+    out / "checkpoint",
+)
+"""
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -149,3 +181,23 @@ def test_both_processes_hold_the_gradient_of_the_whole_batch_and_the_same_weight
         assert gradient.keys() == of_one.keys()
         for name, g in of_one.items():
             torch.testing.assert_close(gradient[name], g, rtol=1e-4, atol=1e-7)
+
+
+def test_two_processes_read_the_rows_and_labels_of_one(tiny, tmp_path):
+    (tmp_path / "cream.py").write_text(CREAM)
+    for name, launcher, accumulate in (("one", [], 2), ("two", TWO, 1)):
+        (tmp_path / name).mkdir()
+        run(*launcher, tmp_path / "cream.py", tiny, tmp_path / name, accumulate)
+    one, *two = (
+        load_file(tmp_path / end)
+        for end in ("one/end0.safetensors", "two/end0.safetensors", "two/end1.safetensors")
+    )
+    read, *parts = (end.pop("read") for end in (one, *two))  # micro-batch, ids and labels, row, token
+    assert read.shape == (8, 2, 2, 64) and len(read[:, 1].flatten(0, 1).unique(dim=0)) > 12
+    assert torch.equal(
+        torch.stack(parts, 1).flatten(0, 1), read
+    )  # in a step first one process, then the other
+    assert all(torch.equal(two[0][name], weight) for name, weight in two[1].items())
+    for name, weight in one.items():
+        torch.testing.assert_close(two[0][name], weight, rtol=0, atol=1e-4)
+    assert losses(tmp_path / "two/checkpoint") == pytest.approx(losses(tmp_path / "one/checkpoint"), abs=1e-4)
