@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from .chat import encode_chat
 from .errors import LcxError
 from .finetune import Method, Settings, Text
 from .methods import cream
+from .methods.coverage import coverage
 from .methods.scaling import METHODS, scale_rope
 from .train import Documents, OrderedTrainer, collate
 
 SAMPLERS = ("cream", "pose", "randpos", "full")
+LEFT_OUT = 0.1  # share of the distances without an example from which on a training says so before it begins
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class CreamSettings(Settings):
         window = model.config.max_position_embeddings
         draw = self.labels(window)
         draw(np.random.default_rng(0))  # says now what does not fit the window
+        self._warn_of_holes(draw, window)
         length = window * self.factor if self.sampler == "full" else window
         scale_rope(model, self.scaling, self.factor)  # for good: the checkpoint keeps it
         tokenizer.model_max_length = window * self.factor
@@ -66,6 +70,18 @@ class CreamSettings(Settings):
             fields={},
             trainer=partial(_trainer, PositionLabels(draw, self.seed)),
         )
+
+    def _warn_of_holes(self, draw, window: int) -> None:
+        if self.sampler not in ("cream", "pose") or os.environ.get("RANK", "0") != "0":
+            return
+        rows = iter(draw(np.random.default_rng(self.seed), size=1000))
+        missed = coverage(lambda _: next(rows), window, self.factor, examples=1000).missed_distances
+        if missed > LEFT_OUT:
+            warnings.warn(
+                f"1,000 rows of these labels leave out {missed:.0%} of the distances up to {window * self.factor}: what stands "
+                "there stays untrained; a wider sigma reaches it",
+                stacklevel=2,
+            )
 
     def labels(self, window: int) -> Callable[[np.random.Generator], np.ndarray]:
         """The sampler: generator -> int64 labels of one row, for a model with this window."""

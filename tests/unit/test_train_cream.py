@@ -86,6 +86,18 @@ def test_a_checkpoint_with_the_harmonic_blend_loads_in_a_new_process(settings, t
     assert tokenizer.model_max_length == N * FACTOR
 
 
+@pytest.mark.parametrize(("released", "warned"), [(True, True), (False, False)])
+def test_a_sigma_that_leaves_out_distances_is_named_before_the_training(tmp_path, recwarn, released, warned):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=1024)  # fmt: skip
+    settings = CreamSettings("none", ("none",), factor=64, released=released)
+    _, tokenizer = lcx.load("lm-256", device="cpu")
+    settings.method(LlamaForCausalLM(config), tokenizer, [])
+    said = [str(w.message) for w in recwarn if "leave out" in str(w.message)]
+    assert len(said) == warned and all("% of the distances up to 65536" in s for s in said)
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_interrupted_then_resumed(settings, tmp_path, monkeypatch, rank):
     from transformers import Trainer
