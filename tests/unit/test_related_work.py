@@ -90,17 +90,17 @@ def test_text_losses_are_means_over_positions_and_seeds(page, script):
 
 @pytest.mark.parametrize("name", ["cream-needles", "cream-64x"])
 def test_what_the_page_says_of_the_labels_is_what_was_measured(page, name):
-    """PoSE: none did better; CREAM: not ahead of PoSE, a uniform middle no worse; SelfExtend ahead of YaRN without training."""
+    """PoSE: none clearly ahead; CREAM: not ahead of PoSE, a uniform middle no worse; SelfExtend ahead of YaRN without training."""
     if (data := committed(name)) is None:
         return
     longest = data["window"] * data["factor"]
     at = {(r["arm"], r["scaling"]): r["mean"] for r in data["means"] if r["length"] == longest}
     others = {arm for arm, scaling in at if scaling == "yarn"} - {"pose", "full"}
-    assert all(at[arm, "yarn"] <= at["pose", "yarn"] + 0.002 for arm in others)
-    assert at["cream", "yarn"] <= at["cream-uniform", "yarn"]
+    assert all(at[arm, "yarn"] <= at["pose", "yarn"] + 0.02 for arm in others)
+    assert at["cream", "yarn"] <= min(at["pose", "yarn"], at["cream-uniform", "yarn"])
     if ("zero-shot", "selfextend") in at:
         assert at["zero-shot", "selfextend"] > at["zero-shot", "yarn"]
-    assert "none of the others did better" in page and "not ahead of PoSE" in page
+    assert "no other sampler is clearly ahead" in page and "not ahead of PoSE" in page
 
 
 def test_made_up_results_come_through(script, tmp_path, monkeypatch):
