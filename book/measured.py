@@ -56,11 +56,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
 
 
-def interval(row: dict) -> str:
-    """The ends of an interval of shares, in percent; one seed has none."""
+def interval(row: dict, low: float = -100, high: float = 100) -> str:
+    """The ends of an interval of shares, in percent, cut where they leave what is possible; one seed has none."""
     if row["low"] is None:
         return "–"
-    return f"{100 * row['low']:z.1f} to {100 * row['high']:z.1f}"
+    return f"{max(low, 100 * row['low']):z.1f} to {min(high, 100 * row['high']):z.1f}"
 
 
 def needles(name: str) -> str:
@@ -70,7 +70,7 @@ def needles(name: str) -> str:
     lengths = sorted({r["length"] for r in data["means"]})
     rows = [
         [label(*arm), *(f"{100 * at[*arm, n]['mean']:.1f}" for n in lengths)]
-        + [f"{interval(at[*arm, longest])} ({at[*arm, longest]['seeds']} seeds)"]
+        + [f"{interval(at[*arm, longest], low=0)} ({at[*arm, longest]['seeds']} seeds)"]
         for arm in shown(data["means"], ("none", "yarn", "selfextend"))
     ]
     budget = (
