@@ -63,6 +63,10 @@ def interval(row: dict, low: float = -100, high: float = 100) -> str:
     return f"{max(low, 100 * row['low']):z.1f} to {min(high, 100 * row['high']):z.1f}"
 
 
+def count(seeds: int) -> str:
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
+
+
 def needles(name: str) -> str:
     data = result(name)
     longest = data["window"] * data["factor"]
@@ -70,7 +74,7 @@ def needles(name: str) -> str:
     lengths = sorted({r["length"] for r in data["means"]})
     rows = [
         [label(*arm), *(f"{100 * at[*arm, n]['mean']:.1f}" for n in lengths)]
-        + [f"{interval(at[*arm, longest], low=0)} ({at[*arm, longest]['seeds']} seeds)"]
+        + [f"{interval(at[*arm, longest], low=0)} ({count(at[*arm, longest]['seeds'])})"]
         for arm in shown(data["means"], ("none", "yarn", "selfextend"))
     ]
     budget = (
