@@ -96,6 +96,7 @@ def cells() -> list[tuple[str, str, int]]:
     rows = [("fresh", "none", 0)]
     rows += [("zero-shot", s, 0) for s in ("none", "linear", "ntk", "yarn", "selfextend")]
     rows += [(arm, "yarn", 0) for arm in ("ordinary", "randpos", "pose", "cream", "cream-uniform", "full")]
+    rows += [(arm, "linear", 0) for arm in ("pose", "cream")]
     return rows + [(arm, "yarn", s) for s in SEEDS[1:] for arm in ("pose", "cream")]
 
 
