@@ -99,8 +99,8 @@ def explorer(
     windows: Sequence[int], factors: Sequence[int], start: Mapping, examples: int = 300
 ) -> go.Figure:
     """Some rows of labels, and how many rows hold a distance and a label. Controls: N, factor, design."""
-    fig = figure(height=660, margin={"l": 56, "r": 16, "t": 88, "b": 56})
-    fig.set_subplots(rows=3, cols=1, vertical_spacing=0.11, row_heights=[0.34, 0.33, 0.33])
+    fig = figure(height=700, margin={"l": 16, "r": 16, "t": 112, "b": 56})
+    fig.set_subplots(rows=3, cols=1, vertical_spacing=0.13)
     for name, color in RUNS.items():
         fig.add_scatter(
             mode="lines", name=name, line={"color": color, "width": 7}, row=1, col=1, hovertemplate="%{x} L<extra>" + name + "</extra>"
@@ -117,7 +117,7 @@ def explorer(
         lines = run_lines(draw(np.random.default_rng(1), size=SHOWN), N * factor)
         return {
             "data": [*lines, {"y": binned(c.distance[1:])}, {"y": even}],
-            "layout": {"title": {"text": words.replace("; ", "<br>"), "font": {"size": 14}}},
+            "layout": {"title": {"text": words.replace("; ", "<br>"), "font": {"size": 14}, "y": 0.97}},
         }
 
     fig.update_xaxes(range=[-0.01, 1.01], gridcolor=GRID, zeroline=False, **QUARTERS)
@@ -130,6 +130,8 @@ def explorer(
 
 
 def _axes(fig: go.Figure, first: int) -> None:
+    fig.update_xaxes(automargin=True)
+    fig.update_yaxes(automargin=True)
     fig.update_yaxes(title="rows with the<br>distance (%)", range=[0, 104], gridcolor=GRID, row=first, col=1)
     fig.update_xaxes(title="distance", row=first, col=1)
     fig.update_yaxes(
@@ -154,8 +156,8 @@ def spread(
     examples: int = 200,
 ) -> go.Figure:
     """What sigma and k do: where the middle ends, and the coverage. Controls: factor, sigma in half windows, k, Gaussian."""
-    fig = figure(height=660, margin={"l": 56, "r": 16, "t": 72, "b": 56})
-    fig.set_subplots(rows=3, cols=1, vertical_spacing=0.13)
+    fig = figure(height=680, margin={"l": 16, "r": 16, "t": 72, "b": 56})
+    fig.set_subplots(rows=3, cols=1, vertical_spacing=0.15)
     x = [round((i + 0.5) / BINS, 4) for i in range(BINS)]
     fig.add_bar(
         x=x, marker={"color": COLORS[1], "line": {"width": 0}}, showlegend=False, row=1, col=1, hovertemplate="%{x:.2f} L: %{y} %<extra></extra>"
@@ -185,6 +187,7 @@ def spread(
     fig.update_xaxes(title="the middle ends in the window that ends at", row=1, col=1)
     fig.update_yaxes(title="rows (%)", rangemode="tozero", gridcolor=GRID, row=1, col=1)
     _axes(fig, 2)
+    fig.update_yaxes(range=[0, 50], row=2, col=1)  # only the nearest distances, inside a run, are above
     fig.update_layout(bargap=0)
     values = {"factor": list(factors), "sigma": list(sigmas), "k": list(ks), "Gaussian": list(laws)}
     return controls(fig, values, update, start=start)
@@ -201,5 +204,7 @@ def missed(curves: Mapping[str, Coverage]) -> go.Figure:
         )  # fmt: skip
     fig.add_hline(y=0, line={"color": GREY})
     fig.update_xaxes(title="relative distance", range=[0, 1], **QUARTERS)
-    fig.update_yaxes(title="rows that hold it (%)", range=[-3, 104])
+    # the nearest distances, inside a run, are far above all others
+    most = max(max(binned(c.distance[1:])[1:]) for c in curves.values())
+    fig.update_yaxes(title="rows that hold it (%)", range=[-0.03 * most, 1.1 * most])
     return fig

@@ -13,16 +13,24 @@ from .base import COLORS, SEQUENTIAL, controls, figure
 from .distraction import GREY, SYMBOLS
 
 Rows = Sequence[Mapping[str, Any]]  # rows, means or paired of the results cream-needles and cream-64x
-DASHES = ("solid", "dash", "dot", "dashdot")
+STYLES = {  # arm -> colour and dash, the same in all figures
+    "zero-shot": (6, "solid"),
+    "ordinary": (0, "solid"),
+    "randpos": (3, "solid"),
+    "pose": (2, "solid"),
+    "cream": (1, "solid"),
+    "cream-uniform": (4, "solid"),
+    "cream-released": (5, "solid"),
+    "continuity": (3, "dash"),
+    "relativity": (5, "dash"),
+}
 
 
-def _style(i: int) -> dict[str, Any]:
-    marker = {"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8}
-    return {
-        "mode": "lines+markers",
-        "marker": marker,
-        "line": {"color": COLORS[i % 7], "dash": DASHES[i // 7]},
-    }
+def _style(arm: str) -> dict[str, Any]:
+    at = list(STYLES).index(arm)
+    color, dash = STYLES[arm]
+    marker = {"symbol": SYMBOLS[at % len(SYMBOLS)], "size": 8}
+    return {"mode": "lines+markers", "marker": marker, "line": {"color": COLORS[color], "dash": dash}}
 
 
 def _bars(cells: Sequence[Mapping[str, Any]], axis: str = "error_y") -> dict[str, Any]:
@@ -54,9 +62,9 @@ def by_length(means: Rows, arms: Mapping[str, str], scalings: Sequence[str], win
     """
     lengths = sorted({m["length"] for m in means})
     fig = figure(height=460, margin={"l": 64, "r": 16, "t": 104, "b": 56})
-    for i, name in enumerate(arms.values()):
+    for arm, name in arms.items():
         fig.add_scatter(
-            name=name, **_style(i), hovertemplate="%{customdata} tokens: %{y} %<extra>" + name + "</extra>"
+            name=name, **_style(arm), hovertemplate="%{customdata} tokens: %{y} %<extra>" + name + "</extra>"
         )
 
     def update(scaling: str) -> dict:
@@ -88,9 +96,9 @@ def by_depth(
     """
     lengths = sorted({int(n) for r in rows for n in r["accuracy"]})
     fig = figure(height=440, margin={"l": 64, "r": 16, "t": 104, "b": 56})
-    for i, name in enumerate(arms.values()):
+    for arm, name in arms.items():
         fig.add_scatter(
-            name=name, **_style(i), hovertemplate="depth %{customdata} %: %{y} %<extra>" + name + "</extra>"
+            name=name, **_style(arm), hovertemplate="depth %{customdata} %: %{y} %<extra>" + name + "</extra>"
         )
 
     def update(scaling: str, tokens: int) -> dict:
