@@ -27,6 +27,7 @@ def test_the_measurement_at_small_size(monkeypatch):
         step["pairs"] == 6 and 0 < step["low"] <= step["ratio"] <= step["high"] and step["hidden_size"] == 32
     )
     assert step["labels_ms"] > 0 and step["plain_ms"] > 0
+    assert 0 < step["wall"]["low"] <= step["wall"]["ratio"] <= step["wall"]["high"]
 
 
 def test_the_samplers_timed_draw_what_they_are_called():
