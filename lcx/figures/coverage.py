@@ -91,7 +91,7 @@ def _curves(fig: go.Figure, first: int) -> None:
 
 def _words(c: Coverage) -> str:
     return (
-        f"in none of {c.examples:,} rows: {c.missed_distances:.0%} of the distances, {c.missed_labels:.0%} of the labels"
+        f"in none of {c.examples:,} rows:<br>{c.missed_distances:.0%} of the distances, {c.missed_labels:.0%} of the labels"
     )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def explorer(
     windows: Sequence[int], factors: Sequence[int], start: Mapping, examples: int = 300
 ) -> go.Figure:
     """Some rows of labels, and how many rows hold a distance and a label. Controls: N, factor, design."""
-    fig = figure(height=700, margin={"l": 16, "r": 16, "t": 112, "b": 56})
+    fig = figure(height=700, margin={"l": 16, "r": 16, "t": 128, "b": 56})
     fig.set_subplots(rows=3, cols=1, vertical_spacing=0.13)
     for name, color in RUNS.items():
         fig.add_scatter(
@@ -156,7 +156,7 @@ def spread(
     examples: int = 200,
 ) -> go.Figure:
     """What sigma and k do: where the middle ends, and the coverage. Controls: factor, sigma in half windows, k, Gaussian."""
-    fig = figure(height=680, margin={"l": 16, "r": 16, "t": 72, "b": 56})
+    fig = figure(height=680, margin={"l": 16, "r": 16, "t": 88, "b": 56})
     fig.set_subplots(rows=3, cols=1, vertical_spacing=0.15)
     x = [round((i + 0.5) / BINS, 4) for i in range(BINS)]
     fig.add_bar(
@@ -184,7 +184,7 @@ def spread(
         }
 
     fig.update_xaxes(range=[-0.01, 1.01], gridcolor=GRID, zeroline=False, **QUARTERS)
-    fig.update_xaxes(title="the middle ends in the window that ends at", row=1, col=1)
+    fig.update_xaxes(title="end of the middle's window", row=1, col=1)
     fig.update_yaxes(title="rows (%)", rangemode="tozero", gridcolor=GRID, row=1, col=1)
     _axes(fig, 2)
     fig.update_yaxes(range=[0, 50], row=2, col=1)  # only the nearest distances, inside a run, are above

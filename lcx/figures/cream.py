@@ -153,7 +153,7 @@ def differences(paired: Rows, names: Mapping[str, str], start: int) -> go.Figure
 
     ends = [abs(v) for p in paired for v in (p["low"], p["high"], p["mean"]) if v is not None]
     most = 105 * max(ends, default=0.01)
-    fig.update_xaxes(title="difference in points", range=[-most, most])
+    fig.update_xaxes(title="points", range=[-most, most])
     fig.update_yaxes(
         tickvals=list(range(len(lines))), ticktext=labels, range=[len(lines) - 0.5, -0.5], showgrid=False, zeroline=False
     )  # fmt: skip
