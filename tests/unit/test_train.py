@@ -385,7 +385,11 @@ def test_read_texts(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "first"}\n\n{"text": "and\u2028more", "id": 3}\r\n')
     (tmp_path / "ignored.bin").write_bytes(b"\xff\xff")
     assert read_texts([str(tmp_path)]) == ["first", "and\u2028more", "second"]
-    assert read_texts([str(tmp_path / "b.txt"), str(tmp_path / "a.jsonl")]) == ["second", "first", "and\u2028more"]
+    assert read_texts([str(tmp_path / "b.txt"), str(tmp_path / "a.jsonl")]) == [
+        "second",
+        "first",
+        "and\u2028more",
+    ]
     with pytest.raises(LcxError, match="not UTF-8"):
         read_texts([str(tmp_path / "ignored.bin")])
     (tmp_path / "c.jsonl").write_text('{"words": "x"}\n')
