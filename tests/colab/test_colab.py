@@ -32,6 +32,7 @@ COLAB = {
     "accelerate": "1.12.0",
     "safetensors": "0.7.0",
     "numpy": "2.0.2",
+    "scipy": "1.16.3",  # from the list of June 2026
     "plotly": "5.24.1",
     "ipywidgets": "7.7.1",
     "ipython": "7.34.0",
