@@ -25,22 +25,24 @@ DATA_SEED = 3 * 10**6
 SEEDS = range(8)
 
 
-def samplers(factor: int) -> dict[str, Callable[[np.random.Generator], np.ndarray]]:
-    """The arms of the comparison: name -> (generator -> labels of one row)."""
+def samplers(
+    factor: int, window: int = WINDOW, k: int | None = K
+) -> dict[str, Callable[[np.random.Generator], np.ndarray]]:
+    """The arms of the comparison: name -> (generator -> labels of one row of `window` tokens). k None: the released 4 * factor."""
     from ..methods import cream
 
-    positions = partial(cream.cream_positions, WINDOW, factor, k=K)
+    positions = partial(cream.cream_positions, window, factor, k=k)
 
     def longrecipe(rng):
         """Sentences of 8 to 24 tokens, the last one cut: needle-copy has none of its own."""
-        cuts = np.cumsum(rng.integers(8, 24, size=8, endpoint=True))
-        edges = [0, *cuts[cuts < WINDOW], WINDOW]
+        cuts = np.cumsum(rng.integers(8, 24, size=window // 8, endpoint=True))
+        edges = [0, *cuts[cuts < window], window]
         return cream.longrecipe_positions(np.diff(edges), factor, rng)
 
     return {
-        "ordinary": lambda rng: np.arange(WINDOW),
-        "randpos": partial(cream.randpos_positions, WINDOW, factor),
-        "pose": partial(cream.pose_positions, WINDOW, factor),
+        "ordinary": lambda rng: np.arange(window),
+        "randpos": partial(cream.randpos_positions, window, factor),
+        "pose": partial(cream.pose_positions, window, factor),
         "cream": positions,
         "cream-uniform": partial(positions, sigma=100.0 * factor),  # so wide that the middle is uniform
         "cream-released": partial(positions, release=True),
@@ -48,7 +50,7 @@ def samplers(factor: int) -> dict[str, Callable[[np.random.Generator], np.ndarra
         "relativity": partial(positions, p_relativity=1.0),
         "no-mask": positions,
         "longrecipe": longrecipe,
-        "full": lambda rng: np.arange(WINDOW * factor),
+        "full": lambda rng: np.arange(window * factor),
     }
 
 

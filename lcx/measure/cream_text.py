@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from functools import partial
 from typing import Any
 
 from ..results import write_json
 from . import kept, measurement
-from .cream import train_under
+from .cream import samplers, train_under
 
 WINDOW, FACTOR, WIDTH = 256, 8, 128
 STEPS, BATCH, LEARNING_RATE = 200, 16, 3e-4
 STRETCHES = 48  # of held-out text, 2,048 tokens each
 SEEDS = (0, 1)
-
-
-def samplers(window: int, factor: int) -> dict[str, Any]:
-    """The arms: name -> (generator -> labels of one row). k of CREAM is the released 4 * factor."""
-    import numpy as np
-
-    from ..methods import cream
-
-    positions = partial(cream.cream_positions, window, factor)
-    return {
-        "ordinary": lambda rng: np.arange(window),
-        "randpos": partial(cream.randpos_positions, window, factor),
-        "pose": partial(cream.pose_positions, window, factor),
-        "cream": positions,
-        "cream-uniform": partial(positions, sigma=100.0 * factor),
-        "full": lambda rng: np.arange(window * factor),
-    }
 
 
 def rows_of(tokens, length: int, examples: int, seed: int):
@@ -87,7 +69,7 @@ def one(
         length, batch = (window * factor, BATCH // factor) if arm == "full" else (window, BATCH)
         rows = rows_of(tokens, length, steps * batch, seed)
         how = {"steps": steps, "batch": batch, "learning_rate": LEARNING_RATE, "seed": seed}
-        train_under(model, rows, samplers(window, factor)[arm], **how)
+        train_under(model, rows, samplers(factor, window, k=None)[arm], **how)
     with context:
         return bins(nll_by_position(model, stretches, batch=4))
 
