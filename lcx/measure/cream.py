@@ -203,40 +203,55 @@ def summary(rows: list[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> dic
     return {"means": means, "paired": paired}
 
 
-def measure(name: str, cells, factor: int, lengths: Sequence[int], sequences: int, pairs) -> dict[str, Any]:
-    """Every cell (arm, scaling, seed) once; finished ones come from the cache."""
+def rows_of_cells(
+    name: str,
+    cells: Sequence[tuple[str, str, int]],
+    run: Callable[[str, str, int], tuple[dict[str, Any], str]],
+) -> list[dict[str, Any]]:
+    """Every cell (arm, scaling, seed) once, in order; finished ones come from the cache.
+
+    run: cell -> (the figures of its row, what to print of them).
+    """
     file = kept(name)
     rows = json.loads(file.read_text()) if file.is_file() else []
-    have = {(r["arm"], r["scaling"], r["seed"]) for r in rows}
-    for arm, scaling, seed in cells:
-        if (arm, scaling, seed) in have:
+    done = {(r["arm"], r["scaling"], r["seed"]): r for r in rows}
+    for cell in cells:
+        if cell in done:
             continue
-        before, model = time.process_time(), trained("needle-33-64", seed)
-        row: dict[str, Any] = {"arm": arm, "scaling": scaling, "seed": seed}
+        before = time.process_time()
+        figures, words = run(*cell)
+        row = dict(zip(("arm", "scaling", "seed"), cell, strict=True)) | figures
+        done[cell] = row | {"seconds": round(time.process_time() - before, 1)}
+        rows.append(done[cell])
+        write_json(file, rows)
+        print(f"{cell[0]} {cell[1]} seed {cell[2]}: {words} in {rows[-1]['seconds']} s", flush=True)
+    return [done[cell] for cell in cells]
+
+
+def measure(name: str, cells, factor: int, lengths: Sequence[int], sequences: int, pairs) -> dict[str, Any]:
+    """The result `name`: needles found under each cell, summed up."""
+
+    def run(arm: str, scaling: str, seed: int):
+        model, row = trained("needle-33-64", seed), {}
         if arm == "zero-shot":
             with zero_shot(model, scaling, factor):
                 row["accuracy"] = accuracy(model, lengths, sequences)
         else:
             row["last_loss"] = extend(model, arm, scaling, factor, seed)
             row["accuracy"] = accuracy(model, lengths, sequences)
-        row["seconds"] = round(time.process_time() - before, 1)
-        rows.append(row)
-        write_json(file, rows)
-        means = " ".join(f"{n}:{np.mean(a):.2f}" for n, a in row["accuracy"].items())
-        print(f"{arm} {scaling} seed {seed}: {means} in {row['seconds']} s", flush=True)
-    order = {cell: i for i, cell in enumerate(cells)}
-    rows = sorted(
-        (r for r in rows if (r["arm"], r["scaling"], r["seed"]) in order),
-        key=lambda r: order[r["arm"], r["scaling"], r["seed"]],
-    )
+        return row, " ".join(f"{n}:{np.mean(a):.2f}" for n, a in row["accuracy"].items())
+
+    rows = rows_of_cells(name, cells, run)
     about = {
         "window": WINDOW,
         "factor": factor,
         "steps": STEPS[factor],
         "batch_size": BATCH,
         "learning_rate": LEARNING_RATE,
+        "k": K,
+        "depths": DEPTHS,
+        "scored": sequences * SCORED,
     }
-    about |= {"k": K, "depths": DEPTHS, "scored": sequences * SCORED}
     return about | summary(rows, pairs) | {"rows": rows}
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import time
 from typing import Any
 
-from ..results import write_json
-from . import kept, measurement
-from .cream import samplers, train_under
+from . import measurement
+from .cream import rows_of_cells, samplers, train_under
 
 WINDOW, FACTOR, WIDTH = 256, 8, 128
 STEPS, BATCH, LEARNING_RATE = 200, 16, 3e-4
@@ -90,35 +87,24 @@ def cream_text() -> dict[str, Any]:
     from .. import zoo
     from ..zoo.recipes.lm_256 import stream
 
-    file = kept("cream-text")
-    rows = json.loads(file.read_text()) if file.is_file() else []
-    have = {(r["arm"], r["scaling"], r["seed"]) for r in rows}
     tokenizer = zoo.load("lm-256", device="cpu")[1]
     tokens, heldout = stream(tokenizer, "train"), stream(tokenizer, "heldout")
     length = WINDOW * FACTOR
     starts = torch.linspace(0, len(heldout) - length, STRETCHES).long()
     stretches = heldout[starts[:, None] + torch.arange(length)]
-    for arm, scaling, seed in cells():
-        if (arm, scaling, seed) in have:
-            continue
-        before, model = time.process_time(), zoo.load("lm-256", device="cpu")[0]
-        row: dict[str, Any] = {"arm": arm, "scaling": scaling, "seed": seed}
-        row["nll"] = one(model, tokens, stretches, arm, scaling, seed)
-        row["seconds"] = round(time.process_time() - before, 1)
-        rows.append(row)
-        write_json(file, rows)
-        print(
-            f"{arm} {scaling} seed {seed}: {row['nll'][0]:.3f} … {row['nll'][-1]:.3f} in {row['seconds']} s",
-            flush=True,
-        )
-    order = {cell: i for i, cell in enumerate(cells())}
-    key = lambda r: order.get((r["arm"], r["scaling"], r["seed"]))  # noqa: E731
+
+    def run(arm: str, scaling: str, seed: int):
+        model = zoo.load("lm-256", device="cpu")[0]
+        nll = one(model, tokens, stretches, arm, scaling, seed)
+        return {"nll": nll}, f"{nll[0]:.3f} … {nll[-1]:.3f}"
+
     about = {
         "window": WINDOW,
         "factor": FACTOR,
         "steps": STEPS,
         "batch_size": BATCH,
         "learning_rate": LEARNING_RATE,
+        "width": WIDTH,
+        "stretches": STRETCHES,
     }
-    about |= {"width": WIDTH, "stretches": STRETCHES}
-    return about | {"rows": sorted((r for r in rows if key(r) is not None), key=key)}
+    return about | {"rows": rows_of_cells("cream-text", cells(), run)}
